@@ -1,0 +1,2 @@
+"""What flows between stages: conversations, their token ids, and the manifests that vouch for
+them."""
