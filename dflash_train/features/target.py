@@ -1,0 +1,365 @@
+"""The frozen target: it answers prompts, and its tap layers give the drafter's features.
+
+A tap with id k is the output of decoder layer k (0-based), `hidden_states[k + 1]` in
+Transformers, before the final norm. Taps are read by hooks on those layers alone, so no other
+layer's states are kept. Legend: B rows, Q new tokens, L taps, E hidden size, V vocabulary,
+P prompt tokens, N output tokens.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from dflash_train.config import TargetConfig, require
+from dflash_train.features.target_weights import TargetLocation, locate_target
+from dflash_train.records.manifest import content_hash
+
+
+@dataclass(kw_only=True)
+class FrozenHead:
+    """The target's embedding table and LM head, which the drafter borrows."""
+
+    embedding_weight: Tensor
+    """`[V, E]`."""
+    lm_head_weight: Tensor
+    """`[V, E]`; the same tensor as the embedding where the target ties them."""
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Look up raw rows `[..., E]`, without any scale of the target's embedding module."""
+        return functional.embedding(ids, self.embedding_weight)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Multiply `[..., E]` hidden states with the head: `[..., V]`."""
+        return functional.linear(hidden, self.lm_head_weight)
+
+
+@dataclass(kw_only=True)
+class TargetOutput:
+    """What one target pass gives."""
+
+    logits: Tensor
+    """`[B, Q, V]`, or `[B, 1, V]` if only the last were asked for."""
+    features: Tensor
+    """`[B, Q, L*E]`, the tap layers' outputs side by side in the order of their ids."""
+
+
+@dataclass(kw_only=True)
+class GeneratedRow:
+    """The target's greedy answer to one prompt."""
+
+    output_ids: list[int]
+    """`[N]`, with the stop token if there is one."""
+    features: Tensor
+    """`[P + N, L*E]`; the last row is zeros, since the last token is never fed."""
+    finish_reason: str
+    """`stop` or `length`."""
+
+
+class Target:
+    """A frozen causal language model with taps."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        target_layer_ids: list[int],
+        *,
+        name: str,
+        revision: str,
+    ) -> None:
+        """Freeze a loaded model; use `load_target` to load one by its recipe."""
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.target_layer_ids = list(target_layer_ids)
+        self.name = name
+        self.revision = revision
+        self.head = frozen_head(model)
+        self.stop_token_ids = stop_token_ids(model, tokenizer)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights live."""
+        return self.model.device
+
+    @property
+    def features_width(self) -> int:
+        """L*E, the width of one feature row."""
+        return len(self.target_layer_ids) * self.head.embedding_weight.shape[1]
+
+    def describe(self) -> dict[str, Any]:
+        """Give the `target` block of manifests; stages refuse inputs whose block differs."""
+        vocabulary = self.tokenizer.get_vocab()
+        return {
+            "name": self.name,
+            "revision": self.revision,
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "tokenizer": content_hash(sorted(vocabulary.items(), key=lambda item: item[1])),
+            "chat_template": _text_hash(str(self.tokenizer.chat_template)),
+            "target_layer_ids": self.target_layer_ids,
+        }
+
+    def new_cache(self) -> DynamicCache:
+        """Give an empty key-value cache whose sliding layers can be cropped too."""
+        cache = DynamicCache(config=self.model.config)
+        cache.activate_past_recording()
+        return cache
+
+    @torch.no_grad()
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        cache: DynamicCache | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        last_logits_only: bool = False,
+    ) -> TargetOutput:
+        """Run new tokens `[B, Q]` after those in the cache, which grows by Q.
+
+        Args:
+            input_ids: `[B, Q]` int64.
+            cache: Cache of the tokens before; None starts at position 0 and keeps nothing.
+            attention_mask: `[B, cached + Q]`, 0 at padding; None means no padding.
+            position_ids: `[B, Q]`; None counts from the cache's length.
+            last_logits_only: Compute logits of the last token alone.
+        """
+        with self._taps() as tapped:
+            output = self.model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=cache,
+                use_cache=cache is not None,
+                logits_to_keep=1 if last_logits_only else 0,
+            )
+        return TargetOutput(logits=output.logits, features=torch.cat(tapped, dim=-1))
+
+    @torch.no_grad()
+    def features_of(self, rows: list[list[int]]) -> list[Tensor]:
+        """Run finished rows once and give their features, `[tokens, L*E]` each, last row zeros."""
+        fed = [row[:-1] for row in rows]
+        input_ids, attention_mask = _pad(fed, left=False, device=self.device)
+        with self._taps() as tapped:
+            self.model.get_decoder()(
+                input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+            )
+        features = torch.cat(tapped, dim=-1)
+        return [
+            functional.pad(features[index, : len(row)], (0, 0, 0, 1))
+            for index, row in enumerate(fed)
+        ]
+
+    @torch.no_grad()
+    def generate_batch(
+        self,
+        prompts: list[list[int]],
+        *,
+        max_new_tokens: int,
+        on_tokens: Callable[[int], object] | None = None,
+    ) -> list[GeneratedRow]:
+        """Answer prompts greedily and keep the features of the very passes that wrote the answers.
+
+        A finished row leaves the batch at once, so nothing is computed past a stop. Rounding, and
+        with it a near-tie, depends on how prompts are grouped: the caller fixes the grouping.
+
+        Args:
+            prompts: Token ids of each prompt, any lengths.
+            max_new_tokens: Budget of each answer, in tokens.
+            on_tokens: Called with the number of tokens just written, for a progress bar.
+        """
+        input_ids, attention_mask = _pad(prompts, left=True, device=self.device)
+        position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
+        cache = DynamicCache(config=self.model.config)
+        rows = [_OpenRow(prompt) for prompt in prompts]
+        live = list(range(len(prompts)))
+        while live:
+            output = self.forward(
+                input_ids,
+                cache=cache,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                last_logits_only=True,
+            )
+            next_ids = output.logits[:, -1].argmax(-1)
+            for slot, index in enumerate(live):
+                rows[index].take(output.features[slot], int(next_ids[slot]))
+            if on_tokens is not None:
+                on_tokens(len(live))
+            kept = [
+                slot
+                for slot, index in enumerate(live)
+                if not rows[index].is_finished(self.stop_token_ids, max_new_tokens)
+            ]
+            if len(kept) < len(live):
+                live = [live[slot] for slot in kept]
+                keep = torch.tensor(kept, dtype=torch.int64, device=self.device)
+                cache.batch_select_indices(keep)
+                next_ids, attention_mask, position_ids = (
+                    tensor[keep] for tensor in (next_ids, attention_mask, position_ids)
+                )
+            input_ids = next_ids[:, None]
+            attention_mask = functional.pad(attention_mask, (0, 1), value=1)
+            position_ids = position_ids[:, -1:] + 1
+        return [row.close(self.stop_token_ids) for row in rows]
+
+    @contextmanager
+    def _taps(self) -> Iterator[list[Tensor]]:
+        """Collect the outputs of the tap layers, in the order of their ids, during a pass."""
+        collected: dict[int, Tensor] = {}
+        tapped: list[Tensor] = []
+
+        def keep(layer_id: int) -> Callable[..., None]:
+            def hook(_module: object, _inputs: object, output: Any) -> None:
+                collected[layer_id] = output[0] if isinstance(output, tuple) else output
+
+            return hook
+
+        decoder = self.model.get_decoder()
+        handles = [
+            decoder.get_submodule(f"layers.{k}").register_forward_hook(keep(k))
+            for k in self.target_layer_ids
+        ]
+        try:
+            yield tapped
+            tapped.extend(collected[k] for k in self.target_layer_ids)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+class _OpenRow:
+    """One row while it is being generated."""
+
+    def __init__(self, prompt: list[int]) -> None:
+        self.prompt_length = len(prompt)
+        self.output_ids: list[int] = []
+        self.features: list[Tensor] = []
+
+    def take(self, features: Tensor, token_id: int) -> None:
+        """Keep the features of the tokens just fed (padding cut off) and the token they chose."""
+        is_prefill = not self.features
+        fed = features[-self.prompt_length :] if is_prefill else features
+        self.features.append(fed.clone())
+        self.output_ids.append(token_id)
+
+    def is_finished(self, stop_ids: frozenset[int], max_new_tokens: int) -> bool:
+        return self.output_ids[-1] in stop_ids or len(self.output_ids) >= max_new_tokens
+
+    def close(self, stop_ids: frozenset[int]) -> GeneratedRow:
+        stopped = self.output_ids[-1] in stop_ids
+        return GeneratedRow(
+            output_ids=self.output_ids,
+            features=functional.pad(torch.cat(self.features), (0, 0, 0, 1)),
+            finish_reason="stop" if stopped else "length",
+        )
+
+
+def load_target_config(location: TargetLocation) -> PreTrainedConfig:
+    """Read the target's text configuration without its weights.
+
+    Raises:
+        ValueError: The model cannot be found or read.
+    """
+    try:
+        config = AutoConfig.from_pretrained(location.path, revision=location.revision)
+    except (OSError, ValueError) as error:
+        raise _unreadable(location, error) from error
+    return config.get_text_config()
+
+
+def load_target(config: TargetConfig, target_layer_ids: list[int]) -> Target:
+    """Load the target of a recipe onto the accelerator if there is one, else the CPU.
+
+    Raises:
+        ValueError: The model cannot be found or read, has no chat template, or a tap is out of
+        range.
+    """
+    location = locate_target(config)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            location.path,
+            revision=location.revision,
+            dtype=getattr(torch, config.dtype.value),
+            attn_implementation=config.attention.value,
+            device_map=device,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(location.path, revision=location.revision)
+    except (OSError, ValueError) as error:
+        raise _unreadable(location, error) from error
+    require(
+        tokenizer.chat_template is not None,
+        f"target.name_or_path (={config.name_or_path}) has no chat template, so conversations "
+        "cannot be "
+        "rendered. Use the instruction-tuned model.",
+    )
+    num_layers = model.config.get_text_config().num_hidden_layers
+    require(
+        all(0 <= layer < num_layers - 1 for layer in target_layer_ids),
+        f"drafter.target_layer_ids (={target_layer_ids}) must lie in 0..{num_layers - 2} for "
+        "this target.",
+    )
+    return Target(
+        model, tokenizer, target_layer_ids, name=config.name_or_path, revision=location.label
+    )
+
+
+def frozen_head(model: PreTrainedModel) -> FrozenHead:
+    """Borrow embedding and LM head of a loaded model, through its accessors."""
+    embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
+    require(
+        output is not None,
+        f"target.name_or_path (={model.name_or_path}) has no LM head. Use a causal language model.",
+    )
+    assert output is not None
+    return FrozenHead(
+        embedding_weight=embedding.get_parameter("weight").detach(),
+        lm_head_weight=output.get_parameter("weight").detach(),
+    )
+
+
+def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Collect the ids that end an answer: the generation config's and the tokenizer's."""
+    generation_config = model.generation_config
+    ids = generation_config.eos_token_id if generation_config is not None else None
+    listed = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+    return frozenset(i for i in [*listed, tokenizer.eos_token_id] if i is not None)
+
+
+def _pad(rows: list[list[int]], *, left: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Pad to one length: ids `[B, Q]` (0 at padding) and attention mask `[B, Q]` int64."""
+    length = max(len(row) for row in rows)
+    input_ids = torch.zeros(len(rows), length, dtype=torch.int64)
+    attention_mask = torch.zeros_like(input_ids)
+    for index, row in enumerate(rows):
+        place = slice(length - len(row), length) if left else slice(0, len(row))
+        input_ids[index, place] = torch.tensor(row)
+        attention_mask[index, place] = 1
+    return input_ids.to(device), attention_mask.to(device)
+
+
+def _text_hash(text: str) -> str:
+    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+
+
+def _unreadable(location: TargetLocation, error: Exception) -> ValueError:
+    first_line = str(error).strip().splitlines()[0]
+    return ValueError(
+        f"target.name_or_path (={location.path}) cannot be read: {first_line} "
+        "Give a local folder with config.json and weights, or a hub id that this machine can reach."
+    )
