@@ -1,0 +1,1 @@
+"""The drafter: attention with KV injection, the model around it, and its checkpoint on disk."""
