@@ -1,0 +1,115 @@
+"""`dflash-train <verb> recipe=<name> key=value ...`: compose, validate, hand over to the stages.
+
+Progress goes to stderr; the output folder is the last line of stdout. Exit codes: 0 done, 1 a
+check failed, 2 the user can fix it, 130 interrupted with the work so far kept.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from dflash_train import stages
+from dflash_train.config import RecipeConfig, UnavailableError, compose, require, to_plain
+
+VERBS = {
+    "run": "walk all stages of a recipe: traffic log to report",
+    "ingest": "traffic log -> clean, scrubbed, split conversations",
+    "regenerate": "conversations -> the target's own answers and its features",
+    "collect": "answered conversations -> the feature store",
+    "train": "features -> drafter",
+    "evaluate": "drafter + held-out answers -> traces",
+    "report": "traces -> report.json, report.md, report.html",
+    "sample-traffic": "play a simulated fleet of clients: out=FILE [seed=0] [requests=600]",
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command line and give its exit code."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    parsed = _parser().parse_intermixed_args(arguments)
+    try:
+        if parsed.verb == "sample-traffic":
+            return _play_fleet(parsed.overrides)
+        return _run_verb(parsed)
+    except (ValueError, UnavailableError) as error:
+        if os.environ.get("DFLASH_TRACEBACK"):
+            raise
+        print(f"dflash-train {parsed.verb}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"dflash-train {parsed.verb}: interrupted; run it again to go on", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    verbs = "\n".join(f"  {verb:<16}{meaning}" for verb, meaning in VERBS.items())
+    parser = argparse.ArgumentParser(
+        prog="dflash-train",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=f"Train DFlash drafters on your own traffic.\n\nverbs:\n{verbs}",
+        epilog="DFLASH_TRACEBACK=1 shows the traceback of an error.",
+    )
+    parser.add_argument("verb", choices=VERBS, metavar="verb", help="what to do")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="recipe=NAME and settings"
+    )
+    parser.add_argument("--recipes", metavar="DIR", help="folder of recipes (default ./recipes)")
+    parser.add_argument("--print-recipe", action="store_true", help="print the recipe and stop")
+    parser.add_argument("--force", action="store_true", help="do finished stages again")
+    return parser
+
+
+def _run_verb(parsed: argparse.Namespace) -> int:
+    config = compose(parsed.overrides, parsed.recipes)
+    if parsed.print_recipe:
+        print(OmegaConf.to_yaml(OmegaConf.create(to_plain(config))), end="")
+        return 0
+    if parsed.verb == "run":
+        stages.run(config, force=parsed.force)
+        folder = config.run_dir / "report"
+        _print_summary(config)
+    else:
+        stages.run_stage(stages.Workshop(config), parsed.verb, force=parsed.force)
+        folder = config.run_dir / stages.stage_folder(parsed.verb)
+    print(folder)
+    return 0
+
+
+def _print_summary(config: RecipeConfig) -> None:
+    from dflash_inference.report import summary_lines
+
+    for line in summary_lines(config):
+        print(line)
+
+
+def _play_fleet(overrides: list[str]) -> int:
+    from dflash_data.sample_traffic import write_sample_traffic
+
+    settings = {"out": "", "seed": "0", "requests": "600"}
+    for override in overrides:
+        key, separator, value = override.partition("=")
+        require(
+            bool(separator) and key in settings,
+            f"sample-traffic: {override!r} is not understood. Known keys: {', '.join(settings)}.",
+        )
+        settings[key] = value
+    require(bool(settings["out"]), "sample-traffic: out must be set: add out=FILE.")
+    numbers = {key: _whole_number(key, settings[key]) for key in ("seed", "requests")}
+    out = Path(settings["out"])
+    counts = write_sample_traffic(out, seed=numbers["seed"], num_requests=numbers["requests"])
+    listed = ", ".join(f"{kind} {number}" for kind, number in counts.items())
+    print(f"sample-traffic: {listed}", file=sys.stderr)
+    print(out)
+    return 0
+
+
+def _whole_number(key: str, text: str) -> int:
+    require(text.isdigit(), f"sample-traffic: {key} (={text}) must be a whole number, 0 or more.")
+    return int(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

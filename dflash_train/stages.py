@@ -1,0 +1,346 @@
+"""The stages of a run: what each reads, writes and costs to repeat; `run` walks them.
+
+    dflash-train run recipe=smollm2
+
+A stage is complete when its folder's manifest is there and its key still matches: the parts of
+the recipe that it reads and the hashes of what it reads. Then it is skipped; otherwise it resumes
+unfinished work of the same key, or starts clean. This is the one place where the data pipelines,
+the trainer and the decoder meet.
+"""
+
+import functools
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from dflash_train.config import RecipeConfig, require, to_plain
+from dflash_train.drafter.checkpoint import WEIGHTS_NAME, load_checkpoint
+from dflash_train.drafter.config import DrafterConfig
+from dflash_train.features.store import FeatureStore
+from dflash_train.features.target import Target, load_target, load_target_config
+from dflash_train.features.target_weights import locate_target
+from dflash_train.records.manifest import Manifest, content_hash, file_hash, write_bytes
+from dflash_train.records.provenance import code_version, command_line, package_versions
+from dflash_train.training.accelerator import Accelerator, build_accelerator
+from dflash_train.training.trainer import train
+
+KEY_NAME = "stage.key"
+
+
+class Workshop:
+    """What the stages of one process share: the recipe, and the target once it is loaded."""
+
+    def __init__(self, config: RecipeConfig) -> None:
+        """Load nothing yet."""
+        self.config = config
+
+    @functools.cached_property
+    def drafter_config(self) -> DrafterConfig:
+        """The drafter's full shape: the recipe's settings completed by the target's."""
+        target_config = load_target_config(locate_target(self.config.target))
+        return DrafterConfig.for_target(self.config.drafter, target_config)
+
+    @functools.cached_property
+    def target(self) -> Target:
+        """The loaded target."""
+        return load_target(self.config.target, self.drafter_config.target_layer_ids)
+
+    @functools.cached_property
+    def accelerator(self) -> Accelerator:
+        """The processes of this launch."""
+        return build_accelerator(self.config.launch)
+
+    @property
+    def checkpoint(self) -> Path:
+        """The drafter to evaluate: the recipe's choice, else the best one of this run."""
+        chosen = self.config.checkpoint
+        return Path(chosen) if chosen else self.config.run_dir / "checkpoint" / "best"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One row of the stage table."""
+
+    name: str
+    folder: str
+    """Output folder inside the run folder, which holds the manifest."""
+    settings: tuple[str, ...]
+    """Dotted recipe keys that decide the result."""
+    upstream: tuple[str, ...]
+    """Stages whose manifests are inputs."""
+    execute: Callable[[Workshop, Manifest], object]
+    more_inputs: Callable[[Workshop], dict[str, str]] = lambda workshop: {}
+    """Hashes of inputs that no stage wrote: log files, weights."""
+    leavings: tuple[str, ...] = ()
+    """Further files and folders of the run that this stage owns."""
+    is_distributed: bool = False
+    """Several processes may run it together under `accelerate launch`."""
+
+
+def _sample_traffic(workshop: Workshop, manifest: Manifest) -> None:
+    from dflash_data.sample_traffic import write_sample_traffic
+
+    sample = workshop.config.data.sample
+    path = sample_log(workshop.config)
+    manifest.details = dict(
+        write_sample_traffic(path, seed=sample.seed, num_requests=sample.requests)
+    )
+    manifest.write(path.parent)
+
+
+def _ingest(workshop: Workshop, manifest: Manifest) -> None:
+    from dflash_data.ingest import ingest
+    from dflash_inference.eval_sets import load_eval_set
+
+    config = workshop.config
+    evaluation = {
+        name: load_eval_set(name, num_prompts=config.evaluate.prompts_per_set)
+        for name in config.evaluate.eval_sets
+    }
+    ingest(config, log_path(config), evaluation=evaluation, manifest=manifest)
+
+
+def _regenerate(workshop: Workshop, manifest: Manifest) -> None:
+    from dflash_data.regenerate import regenerate
+
+    regenerate(workshop.config, target=workshop.target, manifest=manifest)
+
+
+def _collect(workshop: Workshop, manifest: Manifest) -> None:
+    from dflash_data.collect import collect
+
+    manifest.target = _upstream(workshop.config, "regenerate").target
+    collect(workshop.config, load_target=lambda: workshop.target, manifest=manifest)
+
+
+def _train(workshop: Workshop, manifest: Manifest) -> None:
+    manifest.target = _upstream(workshop.config, "collect").target
+    train(
+        workshop.config,
+        accelerator=workshop.accelerator,
+        head=workshop.target.head,
+        drafter_config=workshop.drafter_config,
+        manifest=manifest,
+    )
+
+
+def _evaluate(workshop: Workshop, manifest: Manifest) -> None:
+    from dflash_inference.evaluate import evaluate
+
+    features = workshop.config.run_dir / "features"
+    splits = ["test", *(f"eval-{name}" for name in workshop.config.evaluate.eval_sets)]
+    stores = {name: FeatureStore.open(features / name) for name in splits}
+    drafter = load_checkpoint(workshop.checkpoint)
+    manifest.target = _upstream(workshop.config, "collect").target
+    evaluate(
+        workshop.config, target=workshop.target, drafter=drafter, stores=stores, manifest=manifest
+    )
+
+
+def _report(workshop: Workshop, manifest: Manifest) -> None:
+    from dflash_inference.report import report
+
+    manifest.target = _upstream(workshop.config, "evaluate").target
+    report(workshop.config, manifest=manifest)
+
+
+def _log_inputs(workshop: Workshop) -> dict[str, str]:
+    if workshop.config.data.logs is None:
+        return {}
+    from dflash_data.log_files import find_log_files
+
+    path = log_path(workshop.config)
+    return {f"log:{file.name}": file_hash(file) for file in find_log_files(path)}
+
+
+def _target_input(workshop: Workshop) -> dict[str, str]:
+    return {"target": locate_target(workshop.config.target).label}
+
+
+def _checkpoint_input(workshop: Workshop) -> dict[str, str]:
+    weights = workshop.checkpoint / WEIGHTS_NAME
+    require(
+        weights.is_file(),
+        f"checkpoint (={workshop.checkpoint}) holds no {WEIGHTS_NAME}. Run `train` first, or give "
+        "checkpoint=DIR.",
+    )
+    return {"checkpoint": file_hash(weights)}
+
+
+_TAPS = ("target", "drafter.num_taps", "drafter.target_layer_ids")
+_COLLECTED = (*_TAPS, "data.max_prompt_tokens", "data.batch_size", "data.features_dtype")
+
+SAMPLE_TRAFFIC = Stage(
+    name="sample-traffic",
+    folder="sample_traffic",
+    settings=("data.sample",),
+    upstream=(),
+    execute=_sample_traffic,
+)
+STAGES = (
+    Stage(
+        name="ingest",
+        folder="conversations",
+        settings=(
+            "data.hmac_key_file", "data.validation_share", "data.test_share",
+            "data.max_drop_share", "evaluate.eval_sets", "evaluate.prompts_per_set",
+        ),
+        upstream=(),
+        execute=_ingest,
+        more_inputs=_log_inputs,
+    ),
+    Stage(
+        name="regenerate",
+        folder="regenerated",
+        settings=(*_COLLECTED, "data.max_new_tokens"),
+        upstream=("ingest",),
+        execute=_regenerate,
+        more_inputs=_target_input,
+    ),
+    Stage(
+        name="collect",
+        folder="features",
+        settings=(*_COLLECTED, "data.max_new_tokens"),
+        upstream=("ingest", "regenerate"),
+        execute=_collect,
+        more_inputs=_target_input,
+    ),
+    Stage(
+        name="train",
+        folder="checkpoint",
+        settings=("seed", "target", "drafter", "training", "optim", "launch"),
+        upstream=("collect",),
+        execute=_train,
+        leavings=("state", "metrics.jsonl"),
+        is_distributed=True,
+    ),
+    Stage(
+        name="evaluate",
+        folder="traces",
+        settings=("target", "evaluate"),
+        upstream=("collect",),
+        execute=_evaluate,
+        more_inputs=_checkpoint_input,
+    ),
+    Stage(
+        name="report",
+        folder="report",
+        settings=("evaluate.resamples", "evaluate.seed"),
+        upstream=("ingest", "regenerate", "train", "evaluate"),
+        execute=_report,
+    ),
+)  # fmt: skip
+_BY_NAME = {stage.name: stage for stage in (SAMPLE_TRAFFIC, *STAGES)}
+
+
+def stage_folder(name: str) -> str:
+    """Give the output folder of a stage, inside the run folder."""
+    return _BY_NAME[name].folder
+
+
+def sample_log(config: RecipeConfig) -> Path:
+    """Give where the simulated fleet's log of a run lies."""
+    return config.run_dir / SAMPLE_TRAFFIC.folder / "traffic.jsonl"
+
+
+def log_path(config: RecipeConfig) -> Path:
+    """Give the log that a run ingests: the recipe's, else the simulated fleet's."""
+    return sample_log(config) if config.data.logs is None else Path(config.data.logs)
+
+
+def stages_of(config: RecipeConfig) -> list[Stage]:
+    """List the stages of a recipe in order; the fleet plays only where no log is given."""
+    return [SAMPLE_TRAFFIC, *STAGES] if config.data.logs is None else list(STAGES)
+
+
+def run(config: RecipeConfig, *, force: bool = False) -> None:
+    """Walk all stages of a recipe."""
+    workshop = Workshop(config)
+    for stage in stages_of(config):
+        run_stage(workshop, stage.name, force=force)
+
+
+def run_stage(workshop: Workshop, name: str, *, force: bool = False) -> bool:
+    """Bring one stage up to date.
+
+    Args:
+        workshop: Recipe and loaded models.
+        name: A name of the stage table.
+        force: Do a finished stage again; an unfinished one goes on either way.
+
+    Returns:
+        False if there was nothing to do.
+
+    Raises:
+        ValueError: A stage before it has not run, or its input is unusable.
+    """
+    stage = _BY_NAME[name]
+    folder = workshop.config.run_dir / stage.folder
+    manifest = _prepare(stage, workshop)
+    done = Manifest.read(folder)
+    is_current = done is not None and done.key == manifest.key and done.has_outputs(folder)
+    if is_current and not force:
+        tqdm.write(f"{name}: complete and unchanged, nothing to do", file=sys.stderr)
+        return False
+    if stage.is_distributed:  # every process has decided before the first one changes the folder
+        workshop.accelerator.wait_for_everyone()
+    if not stage.is_distributed or workshop.accelerator.is_main_process:
+        tqdm.write(f"{name}: running", file=sys.stderr)
+        _claim(stage, workshop.config.run_dir, manifest.key, afresh=done is not None)
+    if stage.is_distributed:
+        workshop.accelerator.wait_for_everyone()
+    stage.execute(workshop, manifest)
+    return True
+
+
+def _prepare(stage: Stage, workshop: Workshop) -> Manifest:
+    """Give the manifest of a stage before its work: settings, inputs, provenance."""
+    config = workshop.config
+    upstream = stage.upstream
+    if stage.name == "ingest" and config.data.logs is None:
+        upstream = (SAMPLE_TRAFFIC.name,)
+    inputs = {name: _upstream(config, name).hash for name in upstream}
+    return Manifest(
+        stage=stage.name,
+        recipe_hash=content_hash({key: _setting(config, key) for key in stage.settings}),
+        inputs=inputs | stage.more_inputs(workshop),
+        command=command_line(),
+        code=dict(code_version()),
+        versions=package_versions(),
+    )
+
+
+def _setting(config: RecipeConfig, key: str) -> Any:
+    value: Any = to_plain(config)
+    for part in key.split("."):
+        value = value[part]
+    return value
+
+
+def _upstream(config: RecipeConfig, name: str) -> Manifest:
+    folder = config.run_dir / _BY_NAME[name].folder
+    manifest = Manifest.read(folder)
+    if manifest is None:
+        raise ValueError(
+            f"{folder} is not complete. Run `dflash-train {name}` with this recipe first, or "
+            "`dflash-train run` for all stages."
+        )
+    return manifest
+
+
+def _claim(stage: Stage, run_dir: Path, key: str, *, afresh: bool) -> None:
+    """Keep unfinished work of the same key, remove everything else this stage owns."""
+    folder = run_dir / stage.folder
+    marker = folder / KEY_NAME
+    if afresh or not marker.exists() or marker.read_text() != key:
+        for owned in (folder, *(run_dir / name for name in stage.leavings)):
+            if owned.is_dir():
+                shutil.rmtree(owned)
+            else:
+                owned.unlink(missing_ok=True)
+    write_bytes(marker, key.encode())
