@@ -1,0 +1,52 @@
+# Short names for commands that the README also shows in full.
+# Needs git, make, pip and Python 3.11 or newer; everything else goes into .venv.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PINS := pyproject.toml constraints.txt
+NOT_IN_TEST := not gpu and not slow and not soak
+TEST_ENV := HF_HUB_OFFLINE=1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test quick check soak clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.stamp-demo  ## set up, then logs -> drafter -> report on a CPU in half an hour
+	$(BIN)/dflash-train run recipe=smollm2
+
+test: $(VENV)/.stamp-dev  ## set up, then every test that needs no GPU and no long run
+	$(TEST_ENV) $(BIN)/python -m pytest -m "$(NOT_IN_TEST)"
+
+quick: $(VENV)/.stamp-dev  ## the same without the end-to-end tests, up to the first failure
+	$(TEST_ENV) $(BIN)/python -m pytest -m "$(NOT_IN_TEST)" --ignore=tests/end_to_end -x -q
+
+check: $(VENV)/.stamp-dev  ## format, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright --pythonpath $(BIN)/python
+
+soak: $(VENV)/.stamp-dev  ## kill real runs at random moments and compare their ends
+	$(TEST_ENV) $(BIN)/python -m pytest -m soak tests/end_to_end
+
+clean:  ## remove .venv and what tools leave behind; keeps runs/
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+
+# An unfinished set-up has no stamp and is repeated. `dev` holds everything that `demo` needs.
+$(VENV)/.stamp-demo: $(PINS) | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable . --constraint constraints.txt
+	touch $@
+
+$(VENV)/.stamp-dev: $(PINS) | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable ".[dev]" --constraint constraints.txt
+	touch $(VENV)/.stamp-demo $@
+
+# Debian's python3 without python3-venv cannot put pip into a new environment by itself.
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo 'Python 3.11 or newer is needed: make PYTHON=python3.12 ...' >&2; exit 2; }
+	$(PYTHON) -m venv --clear $(VENV) || { $(PYTHON) -m venv --clear --without-pip $(VENV) && \
+	  $(PYTHON) -m pip --python $@ install --quiet pip; }
+	@echo 'Installing into $(VENV); with PyPI'"'"'s CUDA build of torch this takes some gigabytes.'
