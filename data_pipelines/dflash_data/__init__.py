@@ -1,0 +1,1 @@
+"""From traffic logs to conversations and target features."""
