@@ -1,0 +1,1 @@
+"""Decode with a drafter, measure what it commits, and report it."""

@@ -1,0 +1,197 @@
+"""The report stage: what was measured, for people and for programs.
+
+Writes `report.json` (every figure), `report.md` and `report.html`, a single page without any
+outside reference. Run by `dflash-train report recipe=NAME`.
+"""
+
+import importlib.resources
+from typing import Any
+
+import orjson
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from dflash_inference.figures import draw
+from dflash_inference.findings import Findings, find
+from dflash_inference.statistics import FEWEST_FOR_A_CLAIM
+from dflash_train.config import RecipeConfig
+from dflash_train.records.manifest import FileEntry, Manifest, write_bytes
+
+REPORT_FOLDER = "report"
+
+
+def report(config: RecipeConfig, *, manifest: Manifest) -> Manifest:
+    """Write the report of a run and its manifest.
+
+    Args:
+        config: The recipe.
+        manifest: Prepared by the caller; outputs are filled here.
+
+    Raises:
+        ValueError: The stage `evaluate` is not complete, or no answer has a verify step.
+    """
+    folder = config.run_dir / REPORT_FOLDER
+    findings = find(config)
+    if findings["acceptance_length"] is None:
+        raise ValueError(
+            "report: no held-out answer has a verify step, each ended with its first token. "
+            "Raise data.max_new_tokens or give more traffic."
+        )
+    contents = {
+        "report.json": orjson.dumps(findings, option=orjson.OPT_INDENT_2) + b"\n",
+        "report.md": render("report.md.j2", findings).encode(),
+        "report.html": render("report.html.j2", findings, draw(findings)).encode(),
+    }
+    for name, content in contents.items():
+        write_bytes(folder / name, content)
+    manifest.outputs = [FileEntry.of(folder / name, folder) for name in sorted(contents)]
+    manifest.write(folder)
+    return manifest
+
+
+def render(template: str, findings: Findings, pictures: dict[str, str] | None = None) -> str:
+    """Fill one of this package's templates; HTML is escaped, pictures are put in as they are."""
+    environment = Environment(
+        autoescape=template.endswith(".html.j2"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"mean": _show_mean, "interval": _show_interval, "count": _show_count}
+    source = (importlib.resources.files("dflash_inference") / template).read_text("utf-8")
+    return environment.from_string(source).render(
+        **findings,
+        sentences=write_sentences(findings),
+        pictures={name: Markup(svg) for name, svg in (pictures or {}).items()},
+    )
+
+
+def write_sentences(findings: Findings) -> dict[str, str]:
+    """Say in plain words what the figures mean, one sentence per question."""
+    return {
+        "prompt_lookup": _lookup_sentence(findings["prompt_lookup"]),
+        "foreign_features": _foreign_sentence(findings["foreign_features"]),
+        "live_check": _live_sentence(findings["live_check"]),
+        "speed": _speed_sentence(findings["speed"]),
+    } | {
+        f"eval_{name}": _lookup_sentence(each["prompt_lookup"])
+        for name, each in findings["eval_sets"].items()
+    }
+
+
+def summary_lines(config: RecipeConfig) -> list[str]:
+    """Give the last lines on screen of a run, from its finished report."""
+    path = config.run_dir / REPORT_FOLDER / "report.json"
+    findings: Findings = orjson.loads(path.read_bytes())
+    sentences = write_sentences(findings)
+    headline = findings["acceptance_length"]
+    lines = [
+        f"acceptance length {_show_estimate(headline)}, pooled, K = {headline['block_size']}, "
+        f"by replay on {headline['num_requests']} held-out answers",
+        f"prompt lookup     {_show_other(findings['prompt_lookup'])}: {sentences['prompt_lookup']}",
+        f"other's features  {_show_other(findings['foreign_features'])}: "
+        f"{sentences['foreign_features']}",
+    ]
+    for name, each in findings["eval_sets"].items():
+        found = each["acceptance_length"]
+        shown = "no verify step" if found is None else _show_estimate(found)
+        lines.append(f"{each['title']:<17} {shown}: {sentences[f'eval_{name}']}")
+    lines.append(f"live check        {sentences['live_check']}")
+    lines.append(f"speed             {sentences['speed']}")
+    return lines
+
+
+def _lookup_sentence(compared: Findings | None) -> str:
+    if compared is None:
+        return "There is no answer to compare with prompt lookup."
+    difference = compared["difference"]
+    value, (low, high) = difference["value"], difference["interval"]
+    gap = f"{value:+.2f} tokens per step, 95 % interval {low:+.2f} to {high:+.2f}"
+    num_requests = difference["num_requests"]
+    if num_requests < FEWEST_FOR_A_CLAIM:
+        return (
+            f"Undecided whether the drafter beats prompt lookup ({gap}): {num_requests} answers "
+            f"are too few for a claim, which needs {FEWEST_FOR_A_CLAIM}."
+        )
+    match difference["verdict"]:
+        case "better":
+            return f"The drafter beats prompt lookup ({gap}, on the same {num_requests} answers)."
+        case "worse":
+            return (
+                f"The drafter does not beat prompt lookup ({gap}, on the same {num_requests} "
+                "answers)."
+            )
+    return (
+        f"Undecided whether the drafter beats prompt lookup ({gap}, on the same {num_requests} "
+        "answers): the interval includes 0."
+    )
+
+
+def _foreign_sentence(compared: Findings | None) -> str:
+    if compared is None:
+        return "Not measured: the held-out answers belong to one conversation."
+    difference = compared["difference"]
+    low, high = difference["interval"]
+    gap = f"{difference['value']:+.2f} tokens per step, 95 % interval {low:+.2f} to {high:+.2f}"
+    if low > 0:
+        return f"The drafter reads its features: with those of another request it loses ({gap})."
+    return f"With the features of another request the drafter is not clearly worse ({gap})."
+
+
+def _live_sentence(check: Findings) -> str:
+    if check["num_requests"] == 0:
+        return "Nothing was decoded live."
+    return (
+        f"{check['num_equal_to_replay']} of {check['num_requests']} prompts equal replay at every "
+        f"step ({check['num_steps_equal']} of {check['num_steps']} steps); token-match rate "
+        f"{check['token_match_rate']:.2%} against plain decoding, {check['num_identical']} of "
+        f"{check['num_requests']} outputs identical; {_mismatch_words(check)}"
+    )
+
+
+def _mismatch_words(check: Findings) -> str:
+    num_mismatches, num_ties = len(check["mismatches"]), check["num_near_ties"]
+    if num_mismatches == 0:
+        return "no mismatch to explain."
+    listed = "; ".join(
+        f"{each['plain_logit']:.6f} against {each['runner_up_logit']:.6f}"
+        for each in check["mismatches"]
+    )
+    if num_ties == num_mismatches:
+        return f"every mismatch is a near-tie of two logits ({listed})."
+    return (
+        f"{num_mismatches - num_ties} of {num_mismatches} mismatches are NOT near-ties ({listed}): "
+        "this is an error, please report it."
+    )
+
+
+def _speed_sentence(speed: Findings) -> str:
+    rates = speed["tokens_per_second"]
+    if speed["speed_up"] is None:
+        return "Not measured: nothing was decoded live."
+    return (
+        f"{rates['speculative']:.1f} tokens/s speculative, {rates['plain']:.1f} plain: a factor of "
+        f"{speed['speed_up']:.2f}. A step costs {speed['step_cost']:.2f} plain tokens, so it pays "
+        f"above an acceptance length of {speed['step_cost']:.2f}."
+    )
+
+
+def _show_mean(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _show_interval(interval: list[float]) -> str:
+    return f"{interval[0]:.2f} to {interval[1]:.2f}"
+
+
+def _show_count(value: Any) -> str:
+    return "-" if value is None else f"{value:,}"
+
+
+def _show_estimate(found: Findings) -> str:
+    return f"{_show_mean(found['pooled'])} (95 % interval {_show_interval(found['interval'])})"
+
+
+def _show_other(compared: Findings | None) -> str:
+    return "-" if compared is None else _show_estimate(compared["acceptance_length"])

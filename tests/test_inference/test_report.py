@@ -1,0 +1,183 @@
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import orjson
+import pytest
+
+from dflash_inference.findings import Findings
+from dflash_inference.report import report, summary_lines, write_sentences
+from dflash_inference.statistics import RequestSums, pooled_mean
+from dflash_inference.trace import read_traces
+from dflash_train.config import RecipeConfig
+from dflash_train.records.manifest import Manifest
+
+
+@pytest.fixture(scope="module")
+def folder(invented_run: RecipeConfig) -> Path:
+    report(invented_run, manifest=Manifest(stage="report", recipe_hash="sha256:0"))
+    return invented_run.run_dir / "report"
+
+
+@pytest.fixture
+def findings(folder: Path) -> Findings:
+    return orjson.loads((folder / "report.json").read_bytes())
+
+
+class Page(HTMLParser):
+    """Collects whatever a browser would fetch, and checks that elements close in order."""
+
+    VOID = frozenset({"meta", "path", "use", "rect", "br"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.references: list[str] = []
+        self.words: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.references += [
+            value or "" for name, value in attrs if name in ("src", "href", "xlink:href", "srcset")
+        ]
+        assert tag not in ("script", "link", "img", "iframe")
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+
+def test_page_is_well_formed_and_fetches_nothing(folder: Path) -> None:
+    html = (folder / "report.html").read_text()
+    page = Page()
+    page.feed(html)
+    assert page.open == []
+    assert all(reference.startswith("#") for reference in page.references)
+    assert "http" not in html
+    assert re.findall(r"url\((?!#)", html) == []
+    assert html.count("<svg") == 5
+
+
+def test_top_level_holds_what_programs_look_for(findings: Findings) -> None:
+    headline = findings["acceptance_length"]
+    assert {"pooled", "per_request", "interval", "block_size", "num_requests"} <= set(headline)
+    assert headline["interval"][0] < headline["pooled"] < headline["interval"][1]
+    assert headline["block_size"] == 8
+    assert set(findings["tokens_per_second"]) == {"plain", "speculative"}
+    assert findings["token_match_rate"] == pytest.approx((11 + 17 / 48) / 12)
+    assert findings["target"]["name"] == "invented"
+    assert findings["checkpoint"]["folder"].endswith("checkpoint/best")
+    assert findings["machine"]["cores"] == 2
+
+
+def test_figures_are_those_of_the_traces(invented_run: RecipeConfig, findings: Findings) -> None:
+    traces = invented_run.run_dir / "traces"
+    replayed = read_traces(traces / "replay-test.jsonl")
+    assert findings["acceptance_length"]["pooled"] == pytest.approx(
+        pooled_mean(RequestSums.of(replayed))
+    )
+    assert [each["acceptance_length"]["num_requests"] for each in findings["slices"]] == [
+        46,
+        28,
+        19,
+        11,
+    ]
+    live = read_traces(traces / "live.jsonl")
+    tokens = sum(len(trace.output_ids) - 1 for trace in live)
+    seconds = sum(trace.decode_s for trace in live)
+    assert findings["tokens_per_second"]["speculative"] == pytest.approx(tokens / seconds)
+    assert findings["tokens_per_second"]["plain"] == pytest.approx(1 / 0.031)
+    assert findings["speed"]["step_cost"] == pytest.approx(0.041 / 0.031)
+    assert sum(findings["steps_by_length"]) == findings["acceptance_length"]["num_steps"]
+    assert findings["data"]["splits"][0] == {
+        "split": "test",
+        "answers": 104,
+        "tokens": 104 * 350,
+        "answer_tokens": 104 * 60,
+    }
+    assert findings["data"]["books"][0]["dropped"] == {"malformed": 31, "error": 21}
+
+
+def test_headline_and_tables_stand_in_all_three_files(folder: Path, findings: Findings) -> None:
+    shown = f"{findings['acceptance_length']['pooled']:.2f}"
+    for name in ("report.md", "report.html"):
+        text = (folder / name).read_text()
+        assert shown in text
+        assert "tenant 4" in text
+        assert "HumanEval" in text
+        assert "17.284313" in text
+        assert "malformed 31" in text
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "manifest.json",
+        "report.html",
+        "report.json",
+        "report.md",
+    ]
+
+
+def test_every_markdown_table_row_has_the_cells_of_its_head(folder: Path) -> None:
+    width = 0
+    for line in (folder / "report.md").read_text().splitlines():
+        cells = line.count("|") if line.startswith("|") else 0
+        assert cells in (0, width) or width == 0
+        width = cells
+
+
+def test_last_lines_give_the_figures_of_the_demo(
+    invented_run: RecipeConfig, folder: Path, findings: Findings
+) -> None:
+    lines = summary_lines(invented_run)
+    assert lines[0].startswith(f"acceptance length {findings['acceptance_length']['pooled']:.2f}")
+    assert "104 held-out answers" in lines[0]
+    text = "\n".join(lines)
+    assert "beats prompt lookup" in text
+    assert "12 of 12 prompts equal replay at every step" in text
+    assert "near-tie of two logits (17.284313 against 17.284309)" in text
+    assert "tokens/s speculative" in text
+
+
+@pytest.mark.parametrize(
+    ("value", "interval", "num_requests", "words"),
+    [
+        (0.2, [0.1, 0.3], 80, "The drafter beats prompt lookup"),
+        (-0.2, [-0.3, -0.1], 80, "The drafter does not beat prompt lookup"),
+        (0.1, [-0.1, 0.3], 80, "Undecided whether the drafter beats prompt lookup"),
+        (0.2, [0.1, 0.3], 49, "49 answers are too few for a claim"),
+    ],
+)
+def test_report_says_plainly_whether_prompt_lookup_is_beaten(
+    findings: Findings, value: float, interval: list[float], num_requests: int, words: str
+) -> None:
+    verdict = "better" if interval[0] > 0 else "worse" if interval[1] < 0 else "undecided"
+    findings["prompt_lookup"]["difference"] = {
+        "value": value,
+        "interval": interval,
+        "num_requests": num_requests,
+        "verdict": verdict,
+    }
+    assert words in write_sentences(findings)["prompt_lookup"]
+
+
+def test_a_mismatch_that_is_no_near_tie_is_called_an_error(findings: Findings) -> None:
+    findings["live_check"]["num_near_ties"] = 0
+    assert "1 of 1 mismatches are NOT near-ties" in write_sentences(findings)["live_check"]
+
+
+def test_two_reports_of_one_run_are_the_same_bytes(
+    invented_run: RecipeConfig, folder: Path
+) -> None:
+    names = ("report.json", "report.md", "report.html")
+    before = [(folder / name).read_bytes() for name in names]
+    report(invented_run, manifest=Manifest(stage="report", recipe_hash="sha256:0"))
+    assert [(folder / name).read_bytes() for name in names] == before
+
+
+def test_a_missing_or_changed_evaluation_is_refused(tmp_path: Path) -> None:
+    config = RecipeConfig(name="none", runs_dir=str(tmp_path))
+    manifest = Manifest(stage="report", recipe_hash="sha256:0")
+    with pytest.raises(ValueError, match="Run the stage `evaluate` first"):
+        report(config, manifest=manifest)
