@@ -12,7 +12,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from dflash_train import stages
-from dflash_train.config import RecipeConfig, UnavailableError, compose, require, to_plain
+from dflash_train.config import UnavailableError, compose, require, to_plain
 
 VERBS = {
     "run": "walk all stages of a recipe: traffic log to report",
@@ -70,7 +70,8 @@ def _run_verb(parsed: argparse.Namespace) -> int:
     if parsed.verb == "run":
         stages.run(config, force=parsed.force)
         folder = config.run_dir / "report"
-        _print_summary(config)
+        for line in stages.summary(config):
+            print(line)
     else:
         stages.run_stage(stages.Workshop(config), parsed.verb, force=parsed.force)
         folder = config.run_dir / stages.stage_folder(parsed.verb)
@@ -78,16 +79,7 @@ def _run_verb(parsed: argparse.Namespace) -> int:
     return 0
 
 
-def _print_summary(config: RecipeConfig) -> None:
-    from dflash_inference.report import summary_lines
-
-    for line in summary_lines(config):
-        print(line)
-
-
 def _play_fleet(overrides: list[str]) -> int:
-    from dflash_data.sample_traffic import write_sample_traffic
-
     settings = {"out": "", "seed": "0", "requests": "600"}
     for override in overrides:
         key, separator, value = override.partition("=")
@@ -99,7 +91,7 @@ def _play_fleet(overrides: list[str]) -> int:
     require(bool(settings["out"]), "sample-traffic: out must be set: add out=FILE.")
     numbers = {key: _whole_number(key, settings[key]) for key in ("seed", "requests")}
     out = Path(settings["out"])
-    counts = write_sample_traffic(out, seed=numbers["seed"], num_requests=numbers["requests"])
+    counts = stages.play_fleet(out, seed=numbers["seed"], num_requests=numbers["requests"])
     listed = ", ".join(f"{kind} {number}" for kind, number in counts.items())
     print(f"sample-traffic: {listed}", file=sys.stderr)
     print(out)

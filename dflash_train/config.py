@@ -148,7 +148,7 @@ class DataConfig:
     """Longer prompts are dropped as `too_long`."""
     max_new_tokens: int = 64
     """Budget of one regenerated answer, in tokens."""
-    batch_size: int = 32
+    batch_size: int = 64
     """Rows that the target processes at once."""
     features_dtype: Dtype = Dtype.bfloat16
     """Number format of stored target features."""
@@ -242,8 +242,8 @@ class EvaluateConfig:
 
     eval_sets: list[str] = field(default_factory=lambda: ["humaneval"])
     """Evaluation sets beside the held-out traffic; never trained on."""
-    prompts_per_set: int = 40
-    """Prompts taken from each evaluation set, at most."""
+    prompts_per_set: int = 50
+    """Prompts taken from each evaluation set, at most; below 50 the report makes no claim."""
     live_traffic: int = 8
     """Held-out requests decoded live."""
     live_per_set: int = 4

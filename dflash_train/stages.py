@@ -24,7 +24,7 @@ from dflash_train.drafter.config import DrafterConfig
 from dflash_train.features.store import FeatureStore
 from dflash_train.features.target import Target, load_target, load_target_config
 from dflash_train.features.target_weights import locate_target
-from dflash_train.records.manifest import Manifest, content_hash, file_hash, write_bytes
+from dflash_train.records.manifest import FileEntry, Manifest, content_hash, file_hash, write_bytes
 from dflash_train.records.provenance import code_version, command_line, package_versions
 from dflash_train.training.accelerator import Accelerator, build_accelerator
 from dflash_train.training.trainer import train
@@ -83,13 +83,11 @@ class Stage:
 
 
 def _sample_traffic(workshop: Workshop, manifest: Manifest) -> None:
-    from dflash_data.sample_traffic import write_sample_traffic
-
     sample = workshop.config.data.sample
     path = sample_log(workshop.config)
-    manifest.details = dict(
-        write_sample_traffic(path, seed=sample.seed, num_requests=sample.requests)
-    )
+    counts = play_fleet(path, seed=sample.seed, num_requests=sample.requests)
+    manifest.details = dict(counts)
+    manifest.outputs = [FileEntry.of(path, path.parent)]
     manifest.write(path.parent)
 
 
@@ -135,7 +133,7 @@ def _evaluate(workshop: Workshop, manifest: Manifest) -> None:
     features = workshop.config.run_dir / "features"
     splits = ["test", *(f"eval-{name}" for name in workshop.config.evaluate.eval_sets)]
     stores = {name: FeatureStore.open(features / name) for name in splits}
-    drafter = load_checkpoint(workshop.checkpoint)
+    drafter = load_checkpoint(workshop.checkpoint).to(workshop.target.device)
     manifest.target = _upstream(workshop.config, "collect").target
     evaluate(
         workshop.config, target=workshop.target, drafter=drafter, stores=stores, manifest=manifest
@@ -256,6 +254,20 @@ def log_path(config: RecipeConfig) -> Path:
 def stages_of(config: RecipeConfig) -> list[Stage]:
     """List the stages of a recipe in order; the fleet plays only where no log is given."""
     return [SAMPLE_TRAFFIC, *STAGES] if config.data.logs is None else list(STAGES)
+
+
+def play_fleet(out: Path, *, seed: int, num_requests: int) -> dict[str, int]:
+    """Write the simulated fleet's log and give the number of requests by kind."""
+    from dflash_data.sample_traffic import write_sample_traffic
+
+    return write_sample_traffic(out, seed=seed, num_requests=num_requests)
+
+
+def summary(config: RecipeConfig) -> list[str]:
+    """Give the lines that end a run on screen: acceptance length, live check, speed."""
+    from dflash_inference.report import summary_lines
+
+    return summary_lines(config)
 
 
 def run(config: RecipeConfig, *, force: bool = False) -> None:

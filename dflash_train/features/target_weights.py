@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub import constants as hub_constants
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 from dflash_train.config import TargetConfig, UnavailableError, require
 from dflash_train.records.manifest import FileEntry, Manifest, atomic_path, content_hash
@@ -75,11 +75,18 @@ def _folder_label(folder: Path) -> str:
 
 
 def _hub_label(name: str, revision: str | None) -> str:
-    """Give the commit that the local hub cache holds for a revision, else the revision itself."""
-    ref = revision or "main"
-    folder = "models--" + name.replace("/", "--")
-    path = Path(hub_constants.HF_HUB_CACHE) / folder / "refs" / ref
-    return path.read_text().strip() if path.is_file() else ref
+    """Give the commit behind a revision of a hub model."""
+    try:
+        config_file = cached_file(name, "config.json", revision=revision)
+    except OSError as error:
+        raise ValueError(
+            f"target.name_or_path (={name}) is neither a folder nor a model that the hub gives "
+            "to this "
+            f"machine: {str(error).strip().splitlines()[0]} Give a local folder with config.json "
+            "and "
+            "weights, or check the name and the connection."
+        ) from error
+    return extract_commit_hash(config_file, None) or revision or "main"
 
 
 @functools.cache
