@@ -273,6 +273,7 @@ def summary(config: RecipeConfig) -> list[str]:
 def run(config: RecipeConfig, *, force: bool = False) -> None:
     """Walk all stages of a recipe."""
     workshop = Workshop(config)
+    _ = workshop.drafter_config  # a target that does not fit is found before any work
     for stage in stages_of(config):
         run_stage(workshop, stage.name, force=force)
 

@@ -10,10 +10,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from dflash_train.config import DrafterSettings
+from dflash_train.config import DrafterSettings, RecipeConfig
 from dflash_train.drafter.config import DrafterConfig
 from dflash_train.drafter.model import Drafter
 from dflash_train.features.target import Target
+from dflash_train.records.conversation import Conversation, Turn, write_shard
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|mask|>")
 STOP_TOKEN_ID = 2
@@ -106,3 +107,26 @@ def tiny_drafter(
     )
     config = DrafterConfig.for_target(settings, target.model.config)
     return Drafter(config).to(dtype).eval()
+
+
+def ask(name: str, *contents: str | None, split: str = "train") -> Conversation:
+    """Build a conversation whose messages alternate user, assistant, user, ..."""
+    roles = ("user", "assistant")
+    messages = [
+        Turn(role=roles[place % 2], content=content) for place, content in enumerate(contents)
+    ]
+    return Conversation(
+        id=name,
+        source="test",
+        messages=messages,
+        session=f"s-{name[0]}",
+        turn=len(messages) // 2,
+        split=split,
+    )
+
+
+def write_conversations(config: RecipeConfig, records: list[Conversation]) -> None:
+    """Write records as `ingest` does, one shard per split."""
+    for split in {record.split or "" for record in records}:
+        chosen = [record for record in records if record.split == split]
+        write_shard(config.run_dir / "conversations" / f"{split}-00000.jsonl.gz", chosen)

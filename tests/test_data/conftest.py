@@ -1,0 +1,33 @@
+"""A tiny target and a run folder with conversations for the stages that need them."""
+
+from pathlib import Path
+
+import pytest
+
+from dflash_train.config import (
+    DataConfig,
+    DrafterSettings,
+    RecipeConfig,
+    TargetConfig,
+    TrainingConfig,
+)
+from dflash_train.features.target import Target
+from dflash_train.testing import MASK_TOKEN_ID, tiny_target
+
+
+@pytest.fixture(scope="session")
+def target() -> Target:
+    return tiny_target()
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> RecipeConfig:
+    """A recipe for the tiny target whose run folder is empty."""
+    return RecipeConfig(
+        name="run",
+        runs_dir=str(tmp_path),
+        target=TargetConfig(name_or_path="tiny"),
+        drafter=DrafterSettings(mask_token_id=MASK_TOKEN_ID, num_taps=2),
+        data=DataConfig(max_new_tokens=12, batch_size=4),
+        training=TrainingConfig(max_steps=1),
+    )

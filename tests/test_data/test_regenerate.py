@@ -1,0 +1,182 @@
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dflash_data.regenerate import regenerate
+from dflash_train.config import Dtype, RecipeConfig
+from dflash_train.features.store import read_index
+from dflash_train.features.target import Target
+from dflash_train.records.chat_template import render_prompt
+from dflash_train.records.conversation import Conversation, Turn, read_split
+from dflash_train.records.manifest import Manifest, file_hash
+from dflash_train.testing import ask, assert_close, write_conversations
+
+RECORDS = [
+    ask("a0", "one"),
+    ask("a1", "one", None, "two"),
+    ask("a2", "one", None, "two", None, "three"),
+    ask("b0", "a longer first message than the others"),
+    ask("c0", "short", split="test"),
+    ask("c1", "short", None, "and on", split="test"),
+]
+
+
+def run(config: RecipeConfig, target: Target) -> Manifest:
+    manifest = Manifest(stage="regenerate", recipe_hash="sha256:test")
+    return regenerate(config, target=target, manifest=manifest)
+
+
+def answers(config: RecipeConfig, split: str) -> dict[str, Conversation]:
+    folder = config.run_dir / "regenerated"
+    return {record.id: record for record in read_split(folder, split)}
+
+
+def files(folder: Path) -> dict[str, str]:
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): file_hash(path) for path in paths}
+
+
+def test_each_answer_is_the_targets_own_greedy_answer(config: RecipeConfig, target: Target) -> None:
+    write_conversations(config, RECORDS)
+    manifest = run(config, target)
+    assert manifest.counts is not None
+    assert (manifest.counts.read, manifest.counts.kept) == (6, 6)
+    for record in [*answers(config, "train").values(), *answers(config, "test").values()]:
+        prompt_ids = render_prompt(target.tokenizer, record.messages[:-1])
+        alone = target.generate_batch([prompt_ids], max_new_tokens=12)[0]
+        assert record.prompt_token_ids == prompt_ids
+        assert record.output_token_ids == alone.output_ids
+        assert record.finish_reason == alone.finish_reason
+        assert record.origin == "regenerated"
+        assert record.on_policy
+
+
+def test_a_later_turn_holds_the_targets_earlier_answers(
+    config: RecipeConfig, target: Target
+) -> None:
+    write_conversations(config, RECORDS)
+    run(config, target)
+    found = answers(config, "train")
+    third = found["a2"].messages
+    assert [turn.role for turn in third] == ["user", "assistant"] * 3
+    assert third[1].content == found["a0"].messages[1].content
+    assert third[3].content == found["a1"].messages[3].content
+
+
+def test_features_are_those_of_a_teacher_forced_pass(config: RecipeConfig, target: Target) -> None:
+    config.data.features_dtype = Dtype.float32
+    write_conversations(config, RECORDS)
+    run(config, target)
+    folder = config.run_dir / "regenerated" / "features" / "train"
+    found = answers(config, "train")
+    for line in read_index(folder):
+        record = found[line.id]
+        ids = (record.prompt_token_ids or []) + (record.output_token_ids or [])
+        tensors = load_file(folder / line.shard)
+        first, end = tensors["offsets"][line.row : line.row + 2].tolist()
+        assert tensors["input_ids"][first:end].tolist() == ids
+        assert line.max_length == len(record.prompt_token_ids or []) + 12
+        assert_close(line.id, tensors["features"][first:end], target.features_of([ids])[0], 1e-5)
+        assert not tensors["features"][end - 1].any()
+
+
+def test_a_log_answer_of_another_model_is_replaced(config: RecipeConfig, target: Target) -> None:
+    logged = ask("d0", "hello", "an answer that some other model wrote")
+    logged.turn = 0
+    write_conversations(config, [logged])
+    run(config, target)
+    record = answers(config, "train")["d0"]
+    assert len(record.messages) == 2
+    assert record.messages[-1].content != "an answer that some other model wrote"
+
+
+def test_an_interrupted_run_ends_with_the_same_bytes(
+    config: RecipeConfig, target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_conversations(config, RECORDS)
+    folder = config.run_dir / "regenerated"
+    run(config, target)
+    undisturbed = files(folder)
+    shutil.rmtree(folder)
+    generate, calls = target.generate_batch, []
+
+    def generate_twice(prompts: list[list[int]], *, max_new_tokens: int) -> object:
+        calls.append(len(prompts))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return generate(prompts, max_new_tokens=max_new_tokens)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(target, "generate_batch", generate_twice)
+        with pytest.raises(KeyboardInterrupt):
+            run(config, target)
+    assert Manifest.read(folder) is None
+    finished = sorted((folder / "batches").iterdir())
+    assert len(finished) == 2
+    times = [path.stat().st_mtime_ns for path in finished]
+    run(config, target)
+    assert [path.stat().st_mtime_ns for path in finished] == times
+    assert files(folder) == undisturbed
+
+
+def test_prompts_that_may_grow_too_long_are_counted(config: RecipeConfig, target: Target) -> None:
+    config.data.max_prompt_tokens = 75
+    write_conversations(config, RECORDS)
+    manifest = run(config, target)
+    assert manifest.counts is not None
+    assert 0 < manifest.counts.kept < 6
+    assert manifest.counts.dropped["too_long"] == 6 - manifest.counts.kept
+    kept = answers(config, "train") | answers(config, "test")
+    assert all(len(record.prompt_token_ids or []) <= 75 for record in kept.values())
+
+
+def test_a_turn_whose_history_nobody_can_answer_is_dropped(
+    config: RecipeConfig, target: Target
+) -> None:
+    write_conversations(config, [ask("a0", "one"), ask("e1", "never asked", None, "two")])
+    manifest = run(config, target)
+    assert manifest.counts is not None
+    assert manifest.counts.dropped["content_missing"] == 1
+    assert answers(config, "train").keys() == {"a0"}
+
+
+def test_a_limit_that_drops_everything_is_an_error(config: RecipeConfig, target: Target) -> None:
+    config.data.max_prompt_tokens = 3
+    write_conversations(config, RECORDS)
+    with pytest.raises(ValueError, match=r"data\.max_prompt_tokens \(=3\)"):
+        run(config, target)
+
+
+def test_a_finished_row_leaves_the_batch_without_changing_the_others(target: Target) -> None:
+    prompts = [[5, 6, 7], [8, 9], [10, 11, 12, 13]]
+    alone = [target.generate_batch([prompt], max_new_tokens=10)[0] for prompt in prompts]
+    # A token that one row writes late, so that this row leaves while the others go on.
+    leaver, length, stop = next(
+        (row, place + 1, token)
+        for row, single in enumerate(alone)
+        for place, token in enumerate(single.output_ids)
+        if place > 1 and token not in single.output_ids[:place]
+    )
+    stops, target.stop_token_ids = target.stop_token_ids, frozenset([stop])
+    try:
+        together = target.generate_batch(prompts, max_new_tokens=10)
+    finally:
+        target.stop_token_ids = stops
+    assert together[leaver].output_ids == alone[leaver].output_ids[:length]
+    assert together[leaver].finish_reason == "stop"
+    for row, single in zip(together, alone, strict=True):
+        assert row.output_ids == single.output_ids[: len(row.output_ids)]
+        want = single.features[: len(row.features) - 1]
+        assert_close("features", row.features[:-1], want, 1e-5)
+        assert not torch.any(row.features[-1])
+
+
+def test_messages_of_a_turn_are_never_shared(config: RecipeConfig, target: Target) -> None:
+    record = ask("a1", "one", None, "two")
+    before = [Turn(role=turn.role, content=turn.content) for turn in record.messages]
+    write_conversations(config, [ask("a0", "one"), record])
+    run(config, target)
+    assert record.messages == before
