@@ -271,7 +271,8 @@ class LaunchConfig:
     num_threads: int | None = None
     """Threads per process; None takes the cores of this machine divided among its processes."""
     mixed_precision: Precision = Precision.no
-    """Autocast of the drafter's forward."""
+    """`bf16`: autocast on CUDA. On a CPU float32 products may then use bfloat16 inputs where the
+    processor has units for them, in training steps only; without, they are float32 by oneDNN."""
 
 
 @dataclass(kw_only=True)

@@ -5,6 +5,8 @@ the ones its checkpoints use. Legend: A blocks, K slots, T context rows, L taps,
 D head dim, V vocabulary.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -52,6 +54,21 @@ class DrafterLayer(nn.Module):
         return x_AKE + self.mlp(self.post_attention_layernorm(x_AKE))
 
 
+class ExactRotary(Qwen3RotaryEmbedding):
+    """RoPE whose frequencies stay float32 when the drafter is cast, as in every server.
+
+    `module.to(bfloat16)` would round them, and far positions would turn by a wrong angle.
+    """
+
+    inv_freq: Tensor
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ExactRotary":
+        exact = self.inv_freq
+        super()._apply(fn, recurse)
+        self.inv_freq = exact.to(self.inv_freq.device)
+        return self
+
+
 class ContextCache:
     """The context keys and values of one request, all drafter layers; block rows never enter.
 
@@ -94,7 +111,7 @@ class Drafter(nn.Module):
         self.hidden_norm = nn.RMSNorm(width, eps=config.rms_norm_eps)
         self.layers = nn.ModuleList(DrafterLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(width, eps=config.rms_norm_eps)
-        self.rotary_emb = Qwen3RotaryEmbedding(config.to_qwen3())
+        self.rotary_emb = ExactRotary(config.to_qwen3())
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=INITIALIZER_RANGE)

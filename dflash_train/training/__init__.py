@@ -1,0 +1,1 @@
+"""How the drafter learns: blocks, batches, loss, replay, states and the loop around them."""

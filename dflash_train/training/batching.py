@@ -1,0 +1,221 @@
+"""From stored rows to micro-batches: the endless stream of packs, and their collation.
+
+Rows are laid end to end without padding; a document keeps only the feature rows that its blocks
+can see. The stream of packs is one for the whole run: epoch after epoch, each a seeded permutation
+packed greedily. Ranks take turns on it, so no pack is dropped or repeated, every rank runs the same
+number of micro-batches, and R ranks see what one process with R times the accumulation sees.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from dflash_train.config import TrainingConfig, require
+from dflash_train.drafter.attention import Blocks
+from dflash_train.features.store import FeatureRow, FeatureStore
+from dflash_train.training.blocks import (
+    anchor_generator,
+    block_labels,
+    hashed_generator,
+    label_mask,
+    select_anchors,
+)
+
+
+@dataclass(kw_only=True)
+class TrainingBatch:
+    """One micro-batch: documents laid end to end and the blocks drawn from them."""
+
+    target_features: Tensor
+    """`[T, L*E]`."""
+    blocks: Blocks
+    anchor_ids: Tensor
+    """`[A]` int64, token at each anchor."""
+    labels: Tensor
+    """`[A, K]` int64, token at each slot's position; means nothing where the mask is False."""
+    label_mask: Tensor
+    """`[A, K]` bool, True where the slot counts in the loss."""
+    num_tokens: int
+    """Tokens of the rows, before features that no block sees were left out."""
+
+    def weight_sum(self, position_weights: Tensor) -> Tensor:
+        """Give this batch's share of the loss's denominator, sum(mask * weight), float64.
+
+        It needs labels only, so it is known before any forward.
+        """
+        return (self.label_mask * position_weights.double()).sum()
+
+    def to(self, device: torch.device, *, dtype: torch.dtype) -> "TrainingBatch":
+        """Move all tensors and convert the features."""
+        return replace(
+            self,
+            target_features=self.target_features.to(device, dtype),
+            blocks=replace(self.blocks, anchor_positions=self.blocks.anchor_positions.to(device)),
+            anchor_ids=self.anchor_ids.to(device),
+            labels=self.labels.to(device),
+            label_mask=self.label_mask.to(device),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pack:
+    """Rows of one micro-batch and their place in the stream."""
+
+    epoch: int
+    position: int
+    """Number of the pack in its epoch."""
+    rows: list[int]
+
+
+def plan_epoch(
+    num_tokens: list[int], *, pack_tokens: int, seed: int, epoch: int
+) -> list[list[int]]:
+    """Permute the rows of one epoch and pack them greedily in that order.
+
+    Args:
+        num_tokens: Length of each row, in tokens.
+        pack_tokens: Tokens in one pack, at most; a longer row stands alone.
+        seed: Seed of the run.
+        epoch: Number of the epoch; each has its own permutation.
+
+    Returns:
+        Row numbers of each pack; every row is in exactly one.
+    """
+    order = torch.randperm(len(num_tokens), generator=hashed_generator("order", seed, epoch))
+    packs: list[list[int]] = []
+    room = 0
+    for row in order.tolist():
+        if not packs or num_tokens[row] > room:
+            packs.append([])
+            room = pack_tokens
+        packs[-1].append(row)
+        room -= num_tokens[row]
+    return packs
+
+
+def pack_stream(
+    num_tokens: list[int], *, pack_tokens: int, seed: int, epoch: int = 0, position: int = 0
+) -> Iterator[Pack]:
+    """Yield the packs of the run without end, from a place in it on.
+
+    Args:
+        num_tokens: Length of each row, in tokens; not empty.
+        pack_tokens: Tokens in one pack, at most.
+        seed: Seed of the run.
+        epoch: Epoch to start in.
+        position: First pack of that epoch; may be one past its last.
+    """
+    while True:
+        packs = plan_epoch(num_tokens, pack_tokens=pack_tokens, seed=seed, epoch=epoch)
+        for number in range(position, len(packs)):
+            yield Pack(epoch=epoch, position=number, rows=packs[number])
+        epoch, position = epoch + 1, 0
+
+
+def take_window(stream: Iterator[Pack], *, num_micro_batches: int, num_ranks: int) -> list[Pack]:
+    """Take the packs of one optimiser step; rank r runs number r, r + R, r + 2R and so on."""
+    return list(islice(stream, num_micro_batches * num_ranks))
+
+
+def collate(
+    rows: list[FeatureRow], *, block_size: int, num_anchors: int, seed: int, epoch: int
+) -> TrainingBatch:
+    """Draw blocks from rows and lay the rows end to end.
+
+    Rows without an eligible anchor are left out.
+
+    Args:
+        rows: Documents of one pack.
+        block_size: K.
+        num_anchors: Blocks per row, at most.
+        seed: Seed of the run.
+        epoch: Epoch of the pack; anchors are drawn anew in each.
+
+    Raises:
+        ValueError: No row has an eligible anchor.
+    """
+    documents = [
+        (row, anchors)
+        for row in rows
+        if len(anchors := _draw_anchors(row, num_anchors, seed=seed, epoch=epoch))
+    ]
+    if not documents:
+        raise ValueError(
+            f"training rows {', '.join(row.id for row in rows)} have no two answer tokens in a "
+            "row, so no block can start in them. Run `regenerate` and `collect` again."
+        )
+    # The last anchor sees the rows before it and nobody sees more.
+    context_lengths = [int(anchors[-1]) for _, anchors in documents]
+    anchors = [anchors for _, anchors in documents]
+    return TrainingBatch(
+        target_features=torch.cat(
+            [
+                row.features[:length]
+                for (row, _), length in zip(documents, context_lengths, strict=True)
+            ]
+        ),
+        blocks=Blocks(
+            context_offsets=_offsets(context_lengths),
+            block_offsets=_offsets([len(positions) for positions in anchors]),
+            anchor_positions=torch.cat(anchors),
+        ),
+        anchor_ids=torch.cat([row.input_ids[positions] for row, positions in documents]),
+        labels=torch.cat([block_labels(row.input_ids, at, block_size) for row, at in documents]),
+        label_mask=torch.cat([label_mask(row.loss_mask, at, block_size) for row, at in documents]),
+        num_tokens=sum(len(row.input_ids) for row in rows),
+    )
+
+
+def _draw_anchors(row: FeatureRow, num_anchors: int, *, seed: int, epoch: int) -> Tensor:
+    generator = anchor_generator(seed, epoch=epoch, row_id=row.id)
+    return select_anchors(row.loss_mask, num_anchors, generator=generator)
+
+
+def _offsets(lengths: list[int]) -> list[int]:
+    return [0, *torch.tensor(lengths).cumsum(0).tolist()]
+
+
+class BatchSource:
+    """The training rows of a run and the micro-batches made of them."""
+
+    def __init__(
+        self, store: FeatureStore, *, settings: TrainingConfig, block_size: int, seed: int
+    ) -> None:
+        """Choose the rows that can be trained on: those with two answer tokens or more.
+
+        Raises:
+            ValueError: There is none.
+        """
+        self.store, self.settings, self.block_size, self.seed = store, settings, block_size, seed
+        self.rows = [
+            row for row, line in enumerate(store.lines) if line.num_tokens - line.prompt_length >= 2
+        ]
+        require(
+            len(self.rows) > 0,
+            f"{store.folder} has {len(store)} rows and none with two answer tokens, so there is "
+            "nothing to train on. Give more traffic (data.logs) or raise data.max_new_tokens, and "
+            "run `collect` again.",
+        )
+
+    def stream(self, *, epoch: int, position: int) -> Iterator[Pack]:
+        """Yield packs without end, from a place in the stream on."""
+        return pack_stream(
+            [self.store.lines[row].num_tokens for row in self.rows],
+            pack_tokens=self.settings.pack_tokens,
+            seed=self.seed,
+            epoch=epoch,
+            position=position,
+        )
+
+    def load(self, pack: Pack) -> TrainingBatch:
+        """Read a pack's rows and draw its blocks."""
+        return collate(
+            [self.store[self.rows[row]] for row in pack.rows],
+            block_size=self.block_size,
+            num_anchors=self.settings.num_anchors,
+            seed=self.seed,
+            epoch=pack.epoch,
+        )

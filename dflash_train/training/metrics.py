@@ -1,0 +1,128 @@
+"""What training counts. Counts, never means: they add up over micro-batches, ranks and steps.
+
+Slot accuracy (teacher-forced, at random anchors) is neither joint nor conditional acceptance, and
+its blocks are not decode steps; the acceptance length comes from replay alone.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(kw_only=True)
+class TrainingCounts:
+    """Sums over the blocks of some optimiser steps; K slots of a block."""
+
+    loss_sum: float
+    """sum(mask * weight * cross entropy)."""
+    weight_sum: float
+    """sum(mask * weight), the denominator of the loss."""
+    num_tokens: int
+    num_blocks: int
+    slot_labels: list[int]
+    """`[K]`, slots with a label."""
+    slot_correct: list[int]
+    """`[K]`, slots whose argmax is the label, whatever the slots before them gave."""
+    slot_joint: list[int]
+    """`[K]`, slots that are correct together with all slots before them."""
+
+    @classmethod
+    def zeros(cls, block_size: int) -> "TrainingCounts":
+        """Give the counts of no block."""
+        return cls.from_tensor(torch.zeros(4 + 3 * block_size, dtype=torch.float64))
+
+    @classmethod
+    def from_tensor(cls, values: Tensor) -> "TrainingCounts":
+        """Read counts back from `to_tensor`."""
+        loss_sum, weight_sum, num_tokens, num_blocks, *slots = values.tolist()
+        block_size = len(slots) // 3
+        labels, correct, joint = (
+            [int(count) for count in slots[first : first + block_size]]
+            for first in range(0, len(slots), block_size)
+        )
+        return cls(
+            loss_sum=loss_sum,
+            weight_sum=weight_sum,
+            num_tokens=int(num_tokens),
+            num_blocks=int(num_blocks),
+            slot_labels=labels,
+            slot_correct=correct,
+            slot_joint=joint,
+        )
+
+    def to_tensor(self) -> Tensor:
+        """Give all counts as one float64 vector, exact up to 2**53, for one all-reduce."""
+        sums = [self.loss_sum, self.weight_sum, self.num_tokens, self.num_blocks]
+        slots = [*self.slot_labels, *self.slot_correct, *self.slot_joint]
+        return torch.tensor([*sums, *slots], dtype=torch.float64)
+
+    def __add__(self, other: "TrainingCounts") -> "TrainingCounts":
+        """Add two counts."""
+        return TrainingCounts.from_tensor(self.to_tensor() + other.to_tensor())
+
+    @property
+    def loss(self) -> float:
+        """Weighted mean cross entropy in nats."""
+        return self.loss_sum / self.weight_sum
+
+    @property
+    def slot_accuracy(self) -> list[float | None]:
+        """Share of correct slots, slot 1 to K - 1; None where no slot had a label."""
+        return _shares(self.slot_correct[1:], self.slot_labels[1:])
+
+    @property
+    def joint_accuracy(self) -> list[float | None]:
+        """Share of slots correct together with all before them, slot 1 to K - 1."""
+        return _shares(self.slot_joint[1:], self.slot_labels[1:])
+
+
+@dataclass(kw_only=True)
+class AcceptanceCounts:
+    """Sums over the verify steps of replayed requests."""
+
+    num_requests: int = 0
+    """Requests with at least one verify step."""
+    num_steps: int = 0
+    committed: int = 0
+    """Sum of acceptance lengths, num_accepted + 1 of each step."""
+    per_request_sum: float = 0.0
+    """Sum over requests of their own mean acceptance length."""
+
+    def add_request(self, acceptance_lengths: list[int]) -> None:
+        """Count one request; one without a verify step counts for nothing."""
+        if acceptance_lengths:
+            self.num_requests += 1
+            self.num_steps += len(acceptance_lengths)
+            self.committed += sum(acceptance_lengths)
+            self.per_request_sum += sum(acceptance_lengths) / len(acceptance_lengths)
+
+    def to_tensor(self) -> Tensor:
+        """Give the counts as one float64 vector, for one all-reduce."""
+        counts = [self.num_requests, self.num_steps, self.committed, self.per_request_sum]
+        return torch.tensor(counts, dtype=torch.float64)
+
+    @classmethod
+    def from_tensor(cls, values: Tensor) -> "AcceptanceCounts":
+        """Read counts back from `to_tensor`."""
+        num_requests, num_steps, committed, per_request_sum = values.tolist()
+        return cls(
+            num_requests=int(num_requests),
+            num_steps=int(num_steps),
+            committed=int(committed),
+            per_request_sum=per_request_sum,
+        )
+
+    @property
+    def pooled(self) -> float:
+        """Tokens committed per verify step, over all steps; needs at least one step."""
+        return self.committed / self.num_steps
+
+    @property
+    def per_request(self) -> float:
+        """Mean over requests of their own mean acceptance length; needs at least one step."""
+        return self.per_request_sum / self.num_requests
+
+
+def _shares(hits: list[int], totals: list[int]) -> list[float | None]:
+    return [hit / total if total else None for hit, total in zip(hits, totals, strict=True)]
