@@ -9,10 +9,10 @@ NOT_IN_TEST := not gpu and not slow and not soak
 TEST_ENV := HF_HUB_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test quick check soak clean
+.PHONY: help demo test quick check soak official-check clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.stamp-demo  ## set up, then logs -> drafter -> report on a CPU in half an hour
 	$(BIN)/dflash-train run recipe=smollm2
@@ -30,6 +30,10 @@ check: $(VENV)/.stamp-dev  ## format, lint and types
 
 soak: $(VENV)/.stamp-dev  ## kill real runs at random moments and compare their ends
 	$(TEST_ENV) $(BIN)/python -m pytest -m soak tests/end_to_end
+
+official-check: $(VENV)/.stamp-dev  ## after demo: our decoder against the PyPI package dflash
+	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/official dflash==0.1.0
+	PYTHONPATH=$(VENV)/official $(TEST_ENV) $(BIN)/python tests/end_to_end/official_package.py
 
 clean:  ## remove .venv and what tools leave behind; keeps runs/
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -42,6 +42,13 @@ class Attention(Enum):
     eager = "eager"
 
 
+class DrafterInit(Enum):
+    """What a new drafter starts from: noise, as in the paper, or the target's last layers."""
+
+    random = "random"
+    target = "target"
+
+
 class Precision(Enum):
     """Mixed precision of training, in accelerate's words."""
 
@@ -78,6 +85,8 @@ class DrafterSettings:
     """K: the anchor and K - 1 masked positions, predicted in one pass."""
     num_hidden_layers: int = 3
     """Drafter layers."""
+    init: DrafterInit = DrafterInit.random
+    """Start from random weights, or from copies of the target's last layers (equal shapes only)."""
     num_taps: int = 5
     """Target layers that are read, spread by the paper's rule, unless `target_layer_ids` is set."""
     target_layer_ids: list[int] | None = None

@@ -16,11 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
-from dflash_train.config import RecipeConfig, require, to_plain
+from dflash_train.config import DrafterInit, RecipeConfig, require, to_plain
 from dflash_train.drafter.checkpoint import WEIGHTS_NAME, load_checkpoint
 from dflash_train.drafter.config import DrafterConfig
+from dflash_train.drafter.initialization import initialize_from_target
+from dflash_train.drafter.model import Drafter
 from dflash_train.features.store import FeatureStore
 from dflash_train.features.target import Target, load_target, load_target_config
 from dflash_train.features.target_weights import locate_target
@@ -54,6 +57,14 @@ class Workshop:
     def accelerator(self) -> Accelerator:
         """The processes of this launch."""
         return build_accelerator(self.config.launch)
+
+    def new_drafter(self) -> Drafter:
+        """Build the drafter that training starts from: a function of the recipe's seed."""
+        torch.manual_seed(self.config.seed)
+        drafter = Drafter(self.drafter_config)
+        if self.config.drafter.init is DrafterInit.target:
+            initialize_from_target(drafter, self.target.model)
+        return drafter
 
     @property
     def checkpoint(self) -> Path:
@@ -122,7 +133,7 @@ def _train(workshop: Workshop, manifest: Manifest) -> None:
         workshop.config,
         accelerator=workshop.accelerator,
         head=workshop.target.head,
-        drafter_config=workshop.drafter_config,
+        drafter=workshop.new_drafter(),
         manifest=manifest,
     )
 

@@ -349,7 +349,7 @@ def train(
     *,
     accelerator: Accelerator,
     head: FrozenHead,
-    drafter_config: DrafterConfig,
+    drafter: Drafter,
     manifest: Manifest,
 ) -> Manifest:
     """Run the stage `train`: `features/{train,validation}` in, `checkpoint/{best,last}` out.
@@ -358,7 +358,7 @@ def train(
         config: The recipe.
         accelerator: From `build_accelerator`.
         head: The target's embedding and LM head.
-        drafter_config: Shape of the drafter to train.
+        drafter: Where training starts; the same weights on every rank.
         manifest: Stage, recipe hash and inputs; its outputs and details are filled in here.
 
     Returns:
@@ -373,7 +373,7 @@ def train(
     trainer = Trainer(
         config,
         accelerator=accelerator,
-        drafter=Drafter(drafter_config),
+        drafter=drafter,
         head=head,
         train=_open_split(run_dir, "train", accelerator),
         validation=_open_split(run_dir, "validation", accelerator),

@@ -43,7 +43,7 @@ def start(
             config,
             accelerator=build_accelerator(config.launch),
             head=target32.head,
-            drafter_config=tiny_drafter(target32).config,
+            drafter=tiny_drafter(target32),
             manifest=Manifest(stage="train", recipe_hash=key),
         )
 
