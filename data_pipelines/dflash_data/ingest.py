@@ -22,6 +22,7 @@ from dflash_data.executor import Document, Documents, PipelineStep, run_pipeline
 from dflash_data.explode import Sifted, drop_orphans, explode, merge_repeats
 from dflash_data.log_files import find_log_files, read_lines
 from dflash_data.pseudonyms import Pseudonyms, load_pseudonyms
+from dflash_data.record_index import write_record_index
 from dflash_data.scrub import POLICY, scrub
 from dflash_data.splits import assign_splits, time_cuts
 from dflash_train.config import DataConfig, RecipeConfig
@@ -79,6 +80,7 @@ def ingest(
             FileEntry.of(_shard(folder, split), folder, rows=num_rows)
             for split, num_rows in rows.items()
         ]
+        manifest.outputs.append(FileEntry.of(write_record_index(folder), folder))
         manifest.details |= _details(totals, len(files), sorted(evaluation))
         manifest.write(folder)
     return manifest

@@ -19,8 +19,9 @@ from tqdm import tqdm
 
 from dflash_data.drops import DropReason, all_reasons
 from dflash_data.explode import missing_answers, prefix_key
+from dflash_data.record_index import write_record_index
 from dflash_train.config import DataConfig, RecipeConfig, require
-from dflash_train.features.store import FeatureRow, IndexLine, write_index
+from dflash_train.features.store import INDEX_NAME, FeatureRow, IndexLine, write_index
 from dflash_train.features.store import write_shard as write_feature_shard
 from dflash_train.features.target import GeneratedRow, Target
 from dflash_train.records.chat_template import render_prompt
@@ -276,6 +277,7 @@ def _write_splits(
             by_split[record.split or ""].append(answered[record_id])
     for split, records in by_split.items():
         write_shard(folder / f"{split}-00000.jsonl.gz", records)
+    write_record_index(folder)
 
 
 def _write_indexes(
@@ -301,5 +303,5 @@ def _outputs(folder: Path, answered: dict[str, Conversation]) -> list[FileEntry]
         for split in splits_in(folder)
         for path in sorted(folder.glob(f"{split}-*.jsonl.gz"))
     ]
-    shards = sorted((folder / "features").rglob("*.*"))
-    return entries + [FileEntry.of(path, folder) for path in shards]
+    others = [folder / INDEX_NAME, *sorted((folder / "features").rglob("*.*"))]
+    return entries + [FileEntry.of(path, folder) for path in others]
