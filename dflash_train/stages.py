@@ -27,7 +27,14 @@ from dflash_train.drafter.model import Drafter
 from dflash_train.features.store import FeatureStore
 from dflash_train.features.target import Target, load_target, load_target_config
 from dflash_train.features.target_weights import locate_target
-from dflash_train.records.manifest import FileEntry, Manifest, content_hash, file_hash, write_bytes
+from dflash_train.records.manifest import (
+    FILE_NAME,
+    FileEntry,
+    Manifest,
+    content_hash,
+    file_hash,
+    write_bytes,
+)
 from dflash_train.records.provenance import code_version, command_line, package_versions
 from dflash_train.training.accelerator import Accelerator, build_accelerator
 from dflash_train.training.trainer import train
@@ -91,6 +98,8 @@ class Stage:
     """Further files and folders of the run that this stage owns."""
     is_distributed: bool = False
     """Several processes may run it together under `accelerate launch`."""
+    is_repairable: bool = False
+    """Where files of a finished stage are missing, it makes those again and keeps the others."""
 
 
 def _sample_traffic(workshop: Workshop, manifest: Manifest) -> None:
@@ -210,6 +219,7 @@ STAGES = (
         upstream=("ingest",),
         execute=_regenerate,
         more_inputs=_target_input,
+        is_repairable=True,
     ),
     Stage(
         name="collect",
@@ -218,6 +228,7 @@ STAGES = (
         upstream=("ingest", "regenerate"),
         execute=_collect,
         more_inputs=_target_input,
+        is_repairable=True,
     ),
     Stage(
         name="train",
@@ -315,7 +326,13 @@ def run_stage(workshop: Workshop, name: str, *, force: bool = False) -> bool:
         workshop.accelerator.wait_for_everyone()
     if not stage.is_distributed or workshop.accelerator.is_main_process:
         tqdm.write(f"{name}: running", file=sys.stderr)
-        _claim(stage, workshop.config.run_dir, manifest.key, afresh=done is not None)
+        keeps_files = stage.is_repairable and not force
+        _claim(
+            stage,
+            workshop.config.run_dir,
+            manifest.key,
+            afresh=done is not None and not keeps_files,
+        )
     if stage.is_distributed:
         workshop.accelerator.wait_for_everyone()
     stage.execute(workshop, manifest)
@@ -360,6 +377,9 @@ def _upstream(config: RecipeConfig, name: str) -> Manifest:
 def _claim(stage: Stage, run_dir: Path, key: str, *, afresh: bool) -> None:
     """Keep unfinished work of the same key, remove everything else this stage owns."""
     folder = run_dir / stage.folder
+    for left_by_a_kill in [*run_dir.glob(".partial-*"), *folder.rglob(".partial-*")]:
+        shutil.rmtree(left_by_a_kill, ignore_errors=True)
+    (folder / FILE_NAME).unlink(missing_ok=True)  # from here on the stage is not complete
     marker = folder / KEY_NAME
     if afresh or not marker.exists() or marker.read_text() != key:
         for owned in (folder, *(run_dir / name for name in stage.leavings)):

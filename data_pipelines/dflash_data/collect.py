@@ -18,7 +18,8 @@ import torch
 from tqdm import tqdm
 
 from dflash_data.drops import DropReason
-from dflash_data.regenerate import feature_row, index_line, needs_answer, splits_in
+from dflash_data.feature_rows import exact_ids, feature_row, index_line
+from dflash_data.regenerate import needs_answer, splits_in
 from dflash_train.config import DataConfig, RecipeConfig
 from dflash_train.features.store import INDEX_NAME, IndexLine, read_index, write_index, write_shard
 from dflash_train.features.target import Target
@@ -29,7 +30,7 @@ from dflash_train.records.chat_template import (
     render_row,
 )
 from dflash_train.records.conversation import Conversation, read_split
-from dflash_train.records.manifest import Counts, FileEntry, Manifest, atomic_path
+from dflash_train.records.manifest import FILE_NAME, Counts, FileEntry, Manifest, atomic_path
 
 FOLDER = "features"
 
@@ -47,6 +48,9 @@ def collect(
     folder = config.run_dir / FOLDER
     conversations = config.run_dir / "conversations"
     regenerated = config.run_dir / "regenerated"
+    source_manifest = Manifest.read(regenerated)
+    if source_manifest is not None:
+        source_manifest.verify_outputs(regenerated)  # a damaged shard must not get a new checksum
     counts = Counts(dropped={reason.value: 0 for reason in DropReason})
     for split in splits_in(conversations):
         answered = [
@@ -63,10 +67,11 @@ def collect(
         counts.kept += split_counts.kept
         for reason, number in split_counts.dropped.items():
             counts.dropped[reason] += number
+        manifest.outputs += [FileEntry.of(folder / split / FILE_NAME, folder)]
+        manifest.outputs += [
+            replace(entry, path=f"{split}/{entry.path}") for entry in stage.manifest.outputs
+        ]
     manifest.counts = counts
-    manifest.outputs = [
-        FileEntry.of(path, folder) for path in sorted(folder.glob("*/manifest.json"))
-    ]
     manifest.write(folder)
     return manifest
 
@@ -108,7 +113,7 @@ class _SplitCollector:
             return
         target = self.load_target()
         rows = self._render(answered, target)
-        rows.sort(key=lambda record: (_num_tokens(record), record.id))
+        rows.sort(key=lambda record: (len(_ids(record)), record.id))
         size = self.data.batch_size
         starts = range(0, len(rows), size)
         for number, first in enumerate(tqdm(starts, desc="collect", unit="batch", file=sys.stderr)):
@@ -169,8 +174,5 @@ def _with_ids(record: Conversation, row: RenderedRow) -> Conversation:
 
 
 def _ids(record: Conversation) -> list[int]:
-    return [*(record.prompt_token_ids or []), *(record.output_token_ids or [])]
-
-
-def _num_tokens(record: Conversation) -> int:
-    return len(_ids(record))
+    prompt, output = exact_ids(record)
+    return prompt + output

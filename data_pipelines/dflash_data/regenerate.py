@@ -19,9 +19,10 @@ from tqdm import tqdm
 
 from dflash_data.drops import DropReason, all_reasons
 from dflash_data.explode import missing_answers, prefix_key
+from dflash_data.feature_rows import feature_row, index_line
 from dflash_data.record_index import write_record_index
 from dflash_train.config import DataConfig, RecipeConfig, require
-from dflash_train.features.store import INDEX_NAME, FeatureRow, IndexLine, write_index
+from dflash_train.features.store import INDEX_NAME, IndexLine, write_index
 from dflash_train.features.store import write_shard as write_feature_shard
 from dflash_train.features.target import GeneratedRow, Target
 from dflash_train.records.chat_template import render_prompt
@@ -158,7 +159,8 @@ def _answer_all(
     with tqdm(total=num_rows, desc="regenerate", unit="row", file=sys.stderr) as progress:
         for number, batch in enumerate(plan.batches):
             records_path = folder / "batches" / f"{number:05d}.jsonl.gz"
-            if not records_path.exists():
+            shard_path = _shard_path(folder, batch.split, number)
+            if not (records_path.exists() and shard_path.exists()):
                 asked = [_with_history(open_records[i], texts) for i in batch.ids]
                 rows = target.generate_batch(
                     [render_prompt(target.tokenizer, r.messages, tools=r.tools) for r in asked],
@@ -167,7 +169,7 @@ def _answer_all(
                 records = [
                     _answered(record, row, target) for record, row in zip(asked, rows, strict=True)
                 ]
-                _write_features(_shard_path(folder, batch.split, number), records, rows, data)
+                _write_features(shard_path, records, rows, data)
                 write_shard(records_path, records)
             for record in read_shard(records_path):
                 answered[record.id] = record
@@ -217,54 +219,6 @@ def _write_features(
         feature_row(record, row.features, data) for record, row in zip(records, rows, strict=True)
     ]
     write_feature_shard(path, feature_rows, dtype=getattr(torch, data.features_dtype.value))
-
-
-def feature_row(record: Conversation, features: torch.Tensor, data: DataConfig) -> FeatureRow:
-    """Join an answered record with exact token ids and its features `[N, L*E]`."""
-    line = index_line(record, data, shard="", row=0)
-    prompt, output = record.prompt_token_ids, record.output_token_ids
-    assert prompt is not None
-    assert output is not None
-    return FeatureRow(
-        id=record.id,
-        tenant=record.tenant,
-        session=record.session,
-        input_ids=torch.tensor(prompt + output),
-        loss_mask=torch.tensor([False] * len(prompt) + [True] * len(output)),
-        features=features,
-        max_length=line.max_length,
-        finish_reason=line.finish_reason,
-        weight=record.weight,
-    )
-
-
-def index_line(record: Conversation, data: DataConfig, *, shard: str, row: int) -> IndexLine:
-    """Give the index line of an answered record with exact token ids."""
-    prompt, output = record.prompt_token_ids, record.output_token_ids
-    assert prompt is not None
-    assert output is not None
-    return IndexLine(
-        id=record.id,
-        tenant=record.tenant,
-        session=record.session,
-        shard=shard,
-        row=row,
-        num_tokens=len(prompt) + len(output),
-        prompt_length=len(prompt),
-        max_length=len(prompt) + _budget(record, data, len(output)),
-        finish_reason=record.finish_reason or "stop",
-        weight=record.weight,
-    )
-
-
-def _budget(record: Conversation, data: DataConfig, num_output: int) -> int:
-    """Give the generation budget of an answer: ours, the logged one, or what its length implies."""
-    if record.origin == "regenerated":
-        return data.max_new_tokens
-    logged = record.sampling.get("max_tokens")
-    if logged is not None:
-        return max(int(logged), num_output)
-    return num_output if record.finish_reason == "length" else num_output + data.max_new_tokens
 
 
 def _write_splits(

@@ -188,7 +188,6 @@ class FeatureStore:
                 self._shards[name] = safe_open(path, framework="pt")
             except (OSError, SafetensorError) as error:
                 raise ValueError(
-                    f"{path} cannot be read: {error}. Delete it and run `collect` again with "
-                    "--force."
+                    f"{path} cannot be read: {error}. Delete it and run `collect` again."
                 ) from error
         return self._shards[name]

@@ -198,12 +198,9 @@ class Manifest:
         for entry in self.outputs:
             path = folder / entry.path
             if not path.exists():
-                raise ValueError(
-                    f"{path} is missing. Run the stage {self.stage!r} again with --force."
-                )
+                raise ValueError(f"{path} is missing. Run the stage {self.stage!r} again.")
             if path.stat().st_size != entry.bytes or file_hash(path) != entry.sha256:
                 raise ValueError(
                     f"{path} does not match its checksum in {folder / FILE_NAME}: it was changed "
-                    "or "
-                    f"damaged. Delete it and run the stage {self.stage!r} again with --force."
+                    f"or damaged. Delete it and run the stage {self.stage!r} again, or `run`."
                 )

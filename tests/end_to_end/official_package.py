@@ -58,7 +58,7 @@ def official_trace(
 
 def main() -> int:
     """Compare and print the verdict."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Compare with the official package.")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--max-new-tokens", type=int, default=64)

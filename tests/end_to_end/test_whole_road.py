@@ -117,6 +117,34 @@ def test_a_flipped_byte_in_a_shard_is_found_and_named(
     assert shard.name in capsys.readouterr().err
 
 
+def test_a_deleted_shard_is_made_again_and_nothing_else(
+    runs: Path, tiny_overrides: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = runs / RUN / "regenerated" / "features" / "train"
+    lost, kept = sorted(made.glob("*.safetensors"))[:2]
+    linked = runs / RUN / "features" / "train" / lost.name
+    before, time_before = file_hash(lost), kept.stat().st_mtime_ns
+    lost.unlink()
+    linked.unlink()
+    assert main(["run", f"runs_dir={runs}", *tiny_overrides]) == 0
+    said = capsys.readouterr().err
+    assert "regenerate: running" in said
+    assert "train: complete and unchanged" in said
+    assert file_hash(lost) == file_hash(linked) == before
+    assert kept.stat().st_mtime_ns == time_before
+
+
+def test_a_damaged_source_is_never_vouched_for(
+    runs: Path, tiny_overrides: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    shard = sorted((runs / RUN / "regenerated" / "features" / "train").glob("*.safetensors"))[0]
+    content = bytearray(shard.read_bytes())
+    content[-9] ^= 1
+    shard.write_bytes(content)
+    assert main(["collect", "--force", f"runs_dir={runs}", *tiny_overrides]) == 2
+    assert str(shard) in capsys.readouterr().err
+
+
 def test_what_a_user_gets_wrong_costs_one_sentence_and_leaves_nothing(
     tmp_path: Path, tiny_overrides: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
