@@ -90,7 +90,7 @@ class Stage:
     settings: tuple[str, ...]
     """Dotted recipe keys that decide the result."""
     upstream: tuple[str, ...]
-    """Stages whose manifests are inputs."""
+    """Stages whose manifests are inputs, as far as the recipe has them."""
     execute: Callable[[Workshop, Manifest], object]
     more_inputs: Callable[[Workshop], dict[str, str]] = lambda workshop: {}
     """Hashes of inputs that no stage wrote: log files, weights."""
@@ -208,7 +208,7 @@ STAGES = (
             "data.hmac_key_file", "data.validation_share", "data.test_share",
             "data.max_drop_share", "evaluate.eval_sets", "evaluate.prompts_per_set",
         ),
-        upstream=(),
+        upstream=("sample-traffic",),
         execute=_ingest,
         more_inputs=_log_inputs,
     ),
@@ -242,7 +242,10 @@ STAGES = (
     Stage(
         name="evaluate",
         folder="traces",
-        settings=("target", "evaluate"),
+        settings=(
+            "target", "evaluate.eval_sets", "evaluate.live_traffic", "evaluate.live_per_set",
+            "evaluate.live_max_new_tokens", "evaluate.seed",
+        ),
         upstream=("collect",),
         execute=_evaluate,
         more_inputs=_checkpoint_input,
@@ -274,8 +277,12 @@ def log_path(config: RecipeConfig) -> Path:
 
 
 def stages_of(config: RecipeConfig) -> list[Stage]:
-    """List the stages of a recipe in order; the fleet plays only where no log is given."""
-    return [SAMPLE_TRAFFIC, *STAGES] if config.data.logs is None else list(STAGES)
+    """List the stages of a recipe in order.
+
+    The fleet plays only where no log is given, and nothing is trained where a checkpoint is.
+    """
+    stages = [SAMPLE_TRAFFIC, *STAGES] if config.data.logs is None else list(STAGES)
+    return [stage for stage in stages if not (stage.name == "train" and config.checkpoint)]
 
 
 def play_fleet(out: Path, *, seed: int, num_requests: int) -> dict[str, int]:
@@ -342,10 +349,8 @@ def run_stage(workshop: Workshop, name: str, *, force: bool = False) -> bool:
 def _prepare(stage: Stage, workshop: Workshop) -> Manifest:
     """Give the manifest of a stage before its work: settings, inputs, provenance."""
     config = workshop.config
-    upstream = stage.upstream
-    if stage.name == "ingest" and config.data.logs is None:
-        upstream = (SAMPLE_TRAFFIC.name,)
-    inputs = {name: _upstream(config, name).hash for name in upstream}
+    present = {each.name for each in stages_of(config)}
+    inputs = {name: _upstream(config, name).hash for name in stage.upstream if name in present}
     return Manifest(
         stage=stage.name,
         recipe_hash=content_hash({key: _setting(config, key) for key in stage.settings}),

@@ -117,6 +117,30 @@ def test_a_flipped_byte_in_a_shard_is_found_and_named(
     assert shard.name in capsys.readouterr().err
 
 
+def test_a_given_checkpoint_is_measured_without_training(
+    runs: Path,
+    tmp_path: Path,
+    tiny_overrides: list[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    given = shutil.copytree(runs / RUN / "checkpoint" / "last", tmp_path / "given")
+    shutil.rmtree(runs / RUN / "checkpoint")
+    assert main(["run", f"runs_dir={runs}", *tiny_overrides, f"checkpoint={given}"]) == 0
+    assert "train:" not in capsys.readouterr().err
+    report = orjson.loads((runs / RUN / "report" / "report.json").read_bytes())
+    assert report["checkpoint"]["folder"] == str(given)
+    assert report["training"] is None
+
+
+def test_other_resamples_make_a_report_and_nothing_else(
+    runs: Path, tiny_overrides: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", f"runs_dir={runs}", *tiny_overrides, "evaluate.resamples=300"]) == 0
+    said = capsys.readouterr().err
+    assert "evaluate: complete and unchanged" in said
+    assert "report: running" in said
+
+
 def test_a_deleted_shard_is_made_again_and_nothing_else(
     runs: Path, tiny_overrides: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
