@@ -75,7 +75,8 @@ def _run_verb(parsed: argparse.Namespace) -> int:
     else:
         stages.run_stage(stages.Workshop(config), parsed.verb, force=parsed.force)
         folder = config.run_dir / stages.stage_folder(parsed.verb)
-    print(folder)
+    if os.environ.get("RANK", "0") == "0":  # one line, however many processes there are
+        print(folder)
     return 0
 
 

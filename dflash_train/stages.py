@@ -138,13 +138,16 @@ def _collect(workshop: Workshop, manifest: Manifest) -> None:
 
 def _train(workshop: Workshop, manifest: Manifest) -> None:
     manifest.target = _upstream(workshop.config, "collect").target
-    train(
-        workshop.config,
-        accelerator=workshop.accelerator,
-        head=workshop.target.head,
-        drafter=workshop.new_drafter(),
-        manifest=manifest,
-    )
+    try:
+        train(
+            workshop.config,
+            accelerator=workshop.accelerator,
+            head=workshop.target.head,
+            drafter=workshop.new_drafter(),
+            manifest=manifest,
+        )
+    finally:
+        workshop.accelerator.end_training()  # gloo aborts a process that leaves without it
 
 
 def _evaluate(workshop: Workshop, manifest: Manifest) -> None:

@@ -61,7 +61,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Compare with the official package.")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--prompts", type=int, default=16)
-    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--max-new-tokens", type=int, default=96)
     parser.add_argument("--min-accepted", type=int, default=300)
     parsed = parser.parse_args()
     workshop = Workshop(compose([*parsed.overrides, f"evaluate.live_traffic={parsed.prompts}"]))

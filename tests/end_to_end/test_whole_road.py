@@ -1,5 +1,6 @@
 """From a log line to a report, by the commands that a user types."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -103,6 +104,20 @@ def test_train_py_under_accelerate_gives_the_same_bytes(
     command += [str(ROOT / "train.py"), "recipe=smollm2", f"runs_dir={runs}", *tiny_overrides]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     assert file_hash(weights) == before
+
+
+def test_two_processes_train_one_drafter(runs: Path, tiny_overrides: list[str]) -> None:
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2"]
+    command += ["--config_file", str(ROOT / "recipes" / "launch" / "ddp.yaml")]
+    command += [str(ROOT / "train.py"), "recipe=smollm2", f"runs_dir={runs}", *tiny_overrides]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.splitlines() == [str(runs / RUN / "checkpoint")]
+    written = manifest(runs, "checkpoint")
+    written.verify_outputs(runs / RUN / "checkpoint")
+    assert written.details["processes"] == 2
+    assert written.details["steps"] == 12
 
 
 def test_a_flipped_byte_in_a_shard_is_found_and_named(
