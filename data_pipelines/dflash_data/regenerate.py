@@ -162,21 +162,32 @@ def _answer_all(
             shard_path = _shard_path(folder, batch.split, number)
             if not (records_path.exists() and shard_path.exists()):
                 asked = [_with_history(open_records[i], texts) for i in batch.ids]
-                rows = target.generate_batch(
-                    [render_prompt(target.tokenizer, r.messages, tools=r.tools) for r in asked],
-                    max_new_tokens=data.max_new_tokens,
-                )
-                records = [
-                    _answered(record, row, target) for record, row in zip(asked, rows, strict=True)
-                ]
-                _write_features(shard_path, records, rows, data)
-                write_shard(records_path, records)
+                records = _answer_batch(asked, shard_path, target=target, data=data)
+                write_shard(records_path, records)  # last: its presence says the batch is done
             for record in read_shard(records_path):
                 answered[record.id] = record
                 asked_as = open_records[record.id]
                 texts[prefix_key(asked_as.messages, asked_as)] = record.messages[-1].content
             progress.update(len(batch.ids))
     return answered
+
+
+def _answer_batch(
+    asked: list[Conversation], shard_path: Path, *, target: Target, data: DataConfig
+) -> list[Conversation]:
+    """Answer records together, write the features of the passes that did, and give the records."""
+    prompts = [render_prompt(target.tokenizer, r.messages, tools=r.tools) for r in asked]
+    rows = target.generate_batch(prompts, max_new_tokens=data.max_new_tokens)
+    records = [
+        _answered(record, prompt_ids, row, target=target)
+        for record, prompt_ids, row in zip(asked, prompts, rows, strict=True)
+    ]
+    feature_rows = [
+        feature_row(record, row.features, data) for record, row in zip(records, rows, strict=True)
+    ]
+    dtype = getattr(torch, data.features_dtype.value)
+    write_feature_shard(shard_path, feature_rows, dtype=dtype)
+    return records
 
 
 def _with_history(record: Conversation, texts: dict[str, str | None]) -> Conversation:
@@ -188,8 +199,9 @@ def _with_history(record: Conversation, texts: dict[str, str | None]) -> Convers
     return replace(record, messages=messages)
 
 
-def _answered(record: Conversation, row: GeneratedRow, target: Target) -> Conversation:
-    prompt_ids = render_prompt(target.tokenizer, record.messages, tools=record.tools)
+def _answered(
+    record: Conversation, prompt_ids: list[int], row: GeneratedRow, *, target: Target
+) -> Conversation:
     text = target.tokenizer.decode(row.output_ids, skip_special_tokens=True)
     answer = Turn(role="assistant", content=str(text))
     return replace(
@@ -199,7 +211,7 @@ def _answered(record: Conversation, row: GeneratedRow, target: Target) -> Conver
         usage={"prompt_tokens": len(prompt_ids), "completion_tokens": len(row.output_ids)},
         prompt_token_ids=prompt_ids,
         output_token_ids=row.output_ids,
-        tokenizer=target.describe()["tokenizer"],
+        tokenizer=target.tokenizer_hash,
         model=target.name,
         model_revision=target.revision,
         origin="regenerated",
@@ -210,15 +222,6 @@ def _answered(record: Conversation, row: GeneratedRow, target: Target) -> Conver
 
 def _shard_path(folder: Path, split: str, number: int) -> Path:
     return folder / "features" / split / f"batch-{number:05d}.safetensors"
-
-
-def _write_features(
-    path: Path, records: list[Conversation], rows: list[GeneratedRow], data: DataConfig
-) -> None:
-    feature_rows = [
-        feature_row(record, row.features, data) for record, row in zip(records, rows, strict=True)
-    ]
-    write_feature_shard(path, feature_rows, dtype=getattr(torch, data.features_dtype.value))
 
 
 def _write_splits(

@@ -6,6 +6,7 @@ layer's states are kept. Legend: B rows, Q new tokens, L taps, E hidden size, V 
 P prompt tokens, N output tokens.
 """
 
+import functools
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -101,14 +102,19 @@ class Target:
         """L*E, the width of one feature row."""
         return len(self.target_layer_ids) * self.head.embedding_weight.shape[1]
 
+    @functools.cached_property
+    def tokenizer_hash(self) -> str:
+        """Hash of the vocabulary; ids of another tokenizer are not ours."""
+        vocabulary = self.tokenizer.get_vocab()
+        return content_hash(sorted(vocabulary.items(), key=lambda item: item[1]))
+
     def describe(self) -> dict[str, Any]:
         """Give the `target` block of manifests; stages refuse inputs whose block differs."""
-        vocabulary = self.tokenizer.get_vocab()
         return {
             "name": self.name,
             "revision": self.revision,
             "dtype": str(self.model.dtype).removeprefix("torch."),
-            "tokenizer": content_hash(sorted(vocabulary.items(), key=lambda item: item[1])),
+            "tokenizer": self.tokenizer_hash,
             "chat_template": _text_hash(str(self.tokenizer.chat_template)),
             "target_layer_ids": self.target_layer_ids,
         }
@@ -166,11 +172,7 @@ class Target:
 
     @torch.no_grad()
     def generate_batch(
-        self,
-        prompts: list[list[int]],
-        *,
-        max_new_tokens: int,
-        on_tokens: Callable[[int], object] | None = None,
+        self, prompts: list[list[int]], *, max_new_tokens: int
     ) -> list[GeneratedRow]:
         """Answer prompts greedily and keep the features of the very passes that wrote the answers.
 
@@ -180,7 +182,6 @@ class Target:
         Args:
             prompts: Token ids of each prompt, any lengths.
             max_new_tokens: Budget of each answer, in tokens.
-            on_tokens: Called with the number of tokens just written, for a progress bar.
         """
         input_ids, attention_mask = _pad(prompts, left=True, device=self.device)
         position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
@@ -198,8 +199,6 @@ class Target:
             next_ids = output.logits[:, -1].argmax(-1)
             for slot, index in enumerate(live):
                 rows[index].take(output.features[slot], int(next_ids[slot]))
-            if on_tokens is not None:
-                on_tokens(len(live))
             kept = [
                 slot
                 for slot, index in enumerate(live)

@@ -1,8 +1,10 @@
+from typing import Any
+
 import pytest
 import torch
 
 from dflash_train.config import TargetConfig
-from dflash_train.features.target import Target, load_target
+from dflash_train.features.target import Target, TargetOutput, load_target
 from dflash_train.testing import assert_close, save_tiny_target
 
 PROMPTS = [[10, 20, 30], [40, 50, 60, 70, 80, 90, 100], [11, 12, 13, 14, 15], [200]]
@@ -41,15 +43,24 @@ def test_answers_are_the_argmax_of_one_pass_over_the_finished_row(target64: Targ
         assert row.output_ids == chosen
 
 
-def test_a_row_that_stops_leaves_the_batch_and_the_others_go_on(target64: Target):
+def test_a_row_that_stops_leaves_the_batch_and_the_others_go_on(
+    target64: Target, monkeypatch: pytest.MonkeyPatch
+):
     free = target64.generate_batch(PROMPTS, max_new_tokens=12)
     stop_id = free[1].output_ids[4]
     stopping = Target(
         target64.model, target64.tokenizer, target64.target_layer_ids, name="tiny", revision="x"
     )
     stopping.stop_token_ids = frozenset({stop_id})
-    written: list[int] = []
-    rows = stopping.generate_batch(PROMPTS, max_new_tokens=12, on_tokens=written.append)
+    written: list[int] = []  # rows of each pass, one token each
+    forward = stopping.forward
+
+    def counted(input_ids: torch.Tensor, **settings: Any) -> TargetOutput:
+        written.append(input_ids.shape[0])
+        return forward(input_ids, **settings)
+
+    monkeypatch.setattr(stopping, "forward", counted)
+    rows = stopping.generate_batch(PROMPTS, max_new_tokens=12)
     assert sum(written) == sum(len(row.output_ids) for row in rows)
     assert rows[1].finish_reason == "stop"
     for row, unstopped in zip(rows, free, strict=True):
