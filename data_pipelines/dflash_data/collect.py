@@ -52,6 +52,7 @@ def collect(
     if source_manifest is not None:
         source_manifest.verify_outputs(regenerated)  # a damaged shard must not get a new checksum
     counts = Counts(dropped={reason.value: 0 for reason in DropReason})
+    manifest.details = {"teacher_top_k": config.data.teacher_top_k}
     for split in splits_in(conversations):
         answered = [
             record for record in read_split(conversations, split) if not needs_answer(record)
@@ -127,10 +128,14 @@ class _SplitCollector:
             ]
 
     def _write(self, path: Path, batch: list[Conversation], target: Target) -> None:
-        features = target.features_of([_ids(record) for record in batch])
+        answers = target.read_answers(
+            [_ids(record) for record in batch],
+            prompt_lengths=[len(exact_ids(record)[0]) for record in batch],
+            teacher_top_k=self.data.teacher_top_k,
+        )
         rows = [
-            feature_row(record, tensor, self.data)
-            for record, tensor in zip(batch, features, strict=True)
+            feature_row(record, answer.features, self.data, teacher=answer.teacher)
+            for record, answer in zip(batch, answers, strict=True)
         ]
         write_shard(path, rows, dtype=getattr(torch, self.data.features_dtype.value))
 

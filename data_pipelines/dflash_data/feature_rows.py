@@ -5,6 +5,7 @@ from torch import Tensor
 
 from dflash_train.config import DataConfig
 from dflash_train.features.store import FeatureRow, IndexLine
+from dflash_train.features.teacher import TeacherRow
 from dflash_train.records.conversation import Conversation
 
 
@@ -15,8 +16,10 @@ def exact_ids(record: Conversation) -> tuple[list[int], list[int]]:
     return record.prompt_token_ids, record.output_token_ids
 
 
-def feature_row(record: Conversation, features: Tensor, data: DataConfig) -> FeatureRow:
-    """Join a record with its features `[N, L*E]`."""
+def feature_row(
+    record: Conversation, features: Tensor, data: DataConfig, *, teacher: TeacherRow | None
+) -> FeatureRow:
+    """Join a record with its features `[N, L*E]` and, where it is kept, its teacher `[N, k]`."""
     prompt, output = exact_ids(record)
     return FeatureRow(
         id=record.id,
@@ -28,6 +31,7 @@ def feature_row(record: Conversation, features: Tensor, data: DataConfig) -> Fea
         max_length=len(prompt) + _budget(record, data),
         finish_reason=record.finish_reason or "stop",
         weight=record.weight,
+        teacher=teacher,
     )
 
 

@@ -76,6 +76,7 @@ def regenerate(config: RecipeConfig, *, target: Target, manifest: Manifest) -> M
     drops = Counter(DropReason(reason) for reason in plan.dropped.values())
     manifest.counts = Counts(read=len(open_records), kept=len(answered), dropped=all_reasons(drops))
     manifest.target = target.describe()
+    manifest.details = {"teacher_top_k": config.data.teacher_top_k}
     manifest.outputs = _outputs(folder, answered)
     manifest.write(folder)
     return manifest
@@ -175,15 +176,18 @@ def _answer_all(
 def _answer_batch(
     asked: list[Conversation], shard_path: Path, *, target: Target, data: DataConfig
 ) -> list[Conversation]:
-    """Answer records together, write the features of the passes that did, and give the records."""
+    """Answer records together, write features and teacher of the passes that did, give records."""
     prompts = [render_prompt(target.tokenizer, r.messages, tools=r.tools) for r in asked]
-    rows = target.generate_batch(prompts, max_new_tokens=data.max_new_tokens)
+    rows = target.generate_batch(
+        prompts, max_new_tokens=data.max_new_tokens, teacher_top_k=data.teacher_top_k
+    )
     records = [
         _answered(record, prompt_ids, row, target=target)
         for record, prompt_ids, row in zip(asked, prompts, rows, strict=True)
     ]
     feature_rows = [
-        feature_row(record, row.features, data) for record, row in zip(records, rows, strict=True)
+        feature_row(record, row.features, data, teacher=row.teacher)
+        for record, row in zip(records, rows, strict=True)
     ]
     dtype = getattr(torch, data.features_dtype.value)
     write_feature_shard(shard_path, feature_rows, dtype=dtype)

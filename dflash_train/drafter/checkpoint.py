@@ -1,7 +1,8 @@
 """The deployable drafter on disk: `config.json` and one `model.safetensors`, z-lab's layout.
 
 It is what `dflash` 0.1.0, vLLM and SGLang load: keys that servers read in two places are written
-in both, and everything that other readers would have to guess is explicit.
+in both, and everything that other readers would have to guess is explicit. DFlash 2's keys stand in
+`dflash_config`, as z-lab and vLLM read them; DSpark's stand at the top, as vLLM reads them.
 """
 
 from pathlib import Path
@@ -13,13 +14,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from dflash_train.config import require
-from dflash_train.drafter.config import DrafterConfig
+from dflash_train.drafter.config import FULL, SLIDING, DrafterConfig
 from dflash_train.drafter.model import Drafter
 from dflash_train.records.manifest import atomic_path
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
-ARCHITECTURE = "DFlashDraftModel"
+PLAIN, DFLASH2, DSPARK = "DFlashDraftModel", "DFlash2DraftModel", "Qwen3DSparkModel"
 
 _TOP_LEVEL = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -30,6 +31,8 @@ _NESTED = (
     "block_size", "mask_token_id", "target_layer_ids",
     "input_embedding_scale", "output_multiplier", "final_logit_softcapping",
 )  # fmt: skip
+_NESTED_DFLASH2 = ("conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k")
+_MARKOV_TYPES = {False: "vanilla", True: "gated"}
 
 
 def save_checkpoint(drafter: Drafter, folder: Path) -> None:
@@ -37,7 +40,7 @@ def save_checkpoint(drafter: Drafter, folder: Path) -> None:
     tensors = {
         name: tensor.detach().cpu().contiguous() for name, tensor in drafter.state_dict().items()
     }
-    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    dtype = str(drafter.fc.weight.dtype).removeprefix("torch.")
     with atomic_path(folder) as partial:
         partial.mkdir()
         config = orjson.dumps(
@@ -52,7 +55,7 @@ def load_checkpoint(folder: Path, *, dtype: torch.dtype = torch.float32) -> Draf
     """Read a drafter folder and check every name and shape.
 
     Raises:
-        ValueError: The folder is not a plain DFlash drafter, or its tensors do not fit its config.
+        ValueError: The folder is not a DFlash drafter, or its tensors do not fit its config.
     """
     drafter = Drafter(read_config(folder)).to(dtype)
     try:
@@ -73,6 +76,8 @@ def load_checkpoint(folder: Path, *, dtype: torch.dtype = torch.float32) -> Draf
         f"{', '.join(wrong[:5])}{' ...' if len(wrong) > 5 else ''}. Export it again.",
     )
     drafter.load_state_dict(tensors)
+    if drafter.draft_token_ids is not None:
+        drafter.set_draft_vocabulary(drafter.draft_token_ids)  # checks what the file holds
     return drafter.eval()
 
 
@@ -81,26 +86,55 @@ def describe_config(config: DrafterConfig, dtype: str) -> dict[str, Any]:
     rope = dict(config.rope_parameters)
     scaled = rope.get("rope_type", "default") != "default"
     return {
-        "architectures": [ARCHITECTURE],
+        "architectures": [_architecture(config)],
         "model_type": "qwen3",
         "dtype": dtype,
         **{name: getattr(config, name) for name in _TOP_LEVEL},
-        "dflash_config": {name: getattr(config, name) for name in _NESTED},
+        "dflash_config": {name: getattr(config, name) for name in _nested_names(config)},
         "hidden_act": "silu",
         "attention_dropout": 0.0,
         "rope_parameters": rope,
         "rope_theta": rope["rope_theta"],
         "rope_scaling": {k: v for k, v in rope.items() if k != "rope_theta"} if scaled else None,
-        "layer_types": ["full_attention"] * config.num_hidden_layers,
-        "use_sliding_window": False,
-        "sliding_window": None,
+        "layer_types": config.layer_types or [FULL] * config.num_hidden_layers,
+        "use_sliding_window": config.sliding_window is not None,
+        "sliding_window": config.sliding_window,
         "max_window_layers": config.num_hidden_layers,
         "tie_word_embeddings": False,
+        **_optional_keys(config),
     }
 
 
+def _architecture(config: DrafterConfig) -> str:
+    if config.is_dflash2:
+        return DFLASH2
+    return DSPARK if config.is_shifted else PLAIN
+
+
+def _nested_names(config: DrafterConfig) -> tuple[str, ...]:
+    return (*_NESTED, *_NESTED_DFLASH2) if config.is_dflash2 else _NESTED
+
+
+def _optional_keys(config: DrafterConfig) -> dict[str, Any]:
+    """Give the top-level keys that a plain drafter does not have."""
+    keys: dict[str, Any] = {}
+    if config.is_causal is not None:
+        keys["is_causal"] = config.is_causal
+    if config.draft_vocab_size is not None:
+        keys["draft_vocab_size"] = config.draft_vocab_size
+    if config.is_shifted:
+        keys |= {
+            "markov_rank": config.markov_rank,
+            "markov_head_type": _MARKOV_TYPES[config.markov_gated],
+            "enable_confidence_head": config.has_confidence_head,
+            "confidence_head_with_markov": config.confidence_sees_markov,
+            "sample_from_anchor": True,
+        }
+    return keys
+
+
 def read_config(folder: Path) -> DrafterConfig:
-    """Read `config.json` of a plain DFlash drafter.
+    """Read `config.json` of a DFlash, DFlash 2 or DSpark drafter.
 
     Raises:
         ValueError: No such folder, another architecture, or a key that this version cannot honour.
@@ -113,38 +147,70 @@ def read_config(folder: Path) -> DrafterConfig:
     try:
         content = orjson.loads(path.read_bytes())
         nested = content["dflash_config"]
-        _check_plain(content, folder)
+        _check_known(content, folder)
         fields = {name: content[name] for name in _TOP_LEVEL} | {
             name: nested[name] for name in _NESTED
         }
-        return DrafterConfig(**fields, rope_parameters=content["rope_parameters"])
+        return DrafterConfig(
+            **fields,
+            **_variant_fields(content),
+            rope_parameters=content["rope_parameters"],
+        )
     except (orjson.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(
             f"checkpoint (={folder}): {CONFIG_NAME} lacks or garbles {error}. Export it again."
         ) from error
 
 
-def _check_plain(content: dict[str, Any], folder: Path) -> None:
+def _variant_fields(content: dict[str, Any]) -> dict[str, Any]:
+    """Read the fields that differ from plain DFlash."""
+    fields: dict[str, Any] = {"is_causal": content.get("is_causal")}
+    if SLIDING in content.get("layer_types", []):
+        fields |= {name: content[name] for name in ("layer_types", "sliding_window")}
+    if content.get("draft_vocab_size") != content["vocab_size"]:
+        fields["draft_vocab_size"] = content.get("draft_vocab_size")
+    if content["architectures"] == [DFLASH2]:
+        fields |= {name: content["dflash_config"][name] for name in _NESTED_DFLASH2}
+    if content["architectures"] == [DSPARK]:
+        fields |= {
+            "markov_rank": content["markov_rank"],
+            "markov_gated": content["markov_head_type"] == _MARKOV_TYPES[True],
+            "has_confidence_head": content["enable_confidence_head"],
+            "confidence_sees_markov": content["confidence_head_with_markov"],
+        }
+    return fields
+
+
+def _check_known(content: dict[str, Any], folder: Path) -> None:
+    """Refuse what this version would misread."""
+    where, nested = f"checkpoint (={folder}):", content["dflash_config"]
     architectures = content["architectures"]
     require(
-        architectures == [ARCHITECTURE],
-        f"checkpoint (={folder}): architectures (={architectures}) must be ['{ARCHITECTURE}']: "
-        "this "
-        "version reads plain DFlash drafters.",
-    )
-    nested_size = content["dflash_config"]["block_size"]
-    require(
-        content["block_size"] == nested_size,
-        f"checkpoint (={folder}): block_size (={content['block_size']}) and "
-        "dflash_config.block_size "
-        f"(={nested_size}) must be equal. Correct the one that training did not use.",
-    )
-    windowed = (
-        "sliding_attention" in content.get("layer_types", [])
-        or content.get("is_causal") is not None
+        architectures in ([PLAIN], [DFLASH2], [DSPARK]),
+        f"{where} architectures (={architectures}) must be one of {PLAIN}, {DFLASH2}, {DSPARK}. "
+        "Convert the drafter to one of them.",
     )
     require(
-        not windowed,
-        f"checkpoint (={folder}): sliding or causal layers are not read by this version. "
-        "Use a drafter whose layers are all full and bidirectional.",
+        content["block_size"] == nested["block_size"],
+        f"{where} block_size (={content['block_size']}) and dflash_config.block_size "
+        f"(={nested['block_size']}) must be equal. Correct the one that training did not use.",
+    )
+    only_vllm = sorted({"causal", "use_swa", "swa_window_size"} & nested.keys())
+    require(
+        not only_vllm,
+        f"{where} dflash_config holds {', '.join(only_vllm)}, which vLLM alone reads. Write "
+        "layer_types, sliding_window and is_causal at the top instead.",
+    )
+    slides = SLIDING in content.get("layer_types", [])
+    require(
+        not slides or content["use_sliding_window"],
+        f"{where} use_sliding_window must be true where layer_types slide: Transformers drops the "
+        "window without it.",
+    )
+    markov = content.get("markov_head_type")
+    require(
+        architectures != [DSPARK]
+        or (content["sample_from_anchor"] and markov in _MARKOV_TYPES.values()),
+        f"{where} sample_from_anchor must be true and markov_head_type (={markov}) one of "
+        f"{', '.join(_MARKOV_TYPES.values())}. Other DSpark layouts are not read.",
     )

@@ -19,12 +19,29 @@ def spread_target_layer_ids(num_target_layers: int, num_taps: int) -> list[int]:
     return [round(1 + tap * stride) for tap in range(num_taps)]
 
 
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Visibility:
+    """What one layer lets slot i of a block at anchor a see; the default is plain DFlash.
+
+    Context row t: t < a, and a + i - t < window. Slot j of the same block: j <= i in a causal
+    layer, and |i - j| < window.
+    """
+
+    window: int | None = None
+    """W, in tokens; None is no limit."""
+    is_causal: bool = False
+    """Slots see no later slot of their block."""
+
+
 @dataclass(kw_only=True)
 class DrafterConfig:
-    """A plain DFlash drafter: full bidirectional attention in every layer.
+    """A DFlash drafter; the fields with defaults make variants, the defaults are plain DFlash.
 
     Letters of the shape legend: E `hidden_size`, H and G attention and kv heads, D `head_dim`,
-    K `block_size`, L `len(target_layer_ids)`, V `vocab_size`.
+    K `block_size`, L `len(target_layer_ids)`, V `vocab_size`, Vd `draft_vocab_size`.
     """
 
     hidden_size: int
@@ -54,6 +71,31 @@ class DrafterConfig:
     """Factor on the logits."""
     final_logit_softcapping: float | None = None
     """Cap of the logits, `cap * tanh(logits / cap)`; None is no cap."""
+    layer_types: list[str] | None = None
+    """`full_attention` or `sliding_attention` per layer; None is full everywhere."""
+    sliding_window: int | None = None
+    """W of the sliding layers, in tokens, the query's own position included."""
+    is_causal: bool | None = None
+    """Causality inside a block, of every layer; None: full layers bidirectional, sliding ones
+    causal."""
+    conv_kernel_size: int | None = None
+    """DFlash 2: slots that a convolution mixes, the slot itself included."""
+    conv_group_size: int | None = None
+    """DFlash 2: channels that share one dynamic kernel."""
+    selector_rank: int | None = None
+    """DFlash 2: width of the candidate selector's codebooks."""
+    selector_top_k: int | None = None
+    """DFlash 2: candidates per slot."""
+    markov_rank: int | None = None
+    """DSpark: width of the Markov head's tables; it also shifts the slots' labels by one."""
+    markov_gated: bool = False
+    """DSpark: gate the previous token's row by the hidden state."""
+    has_confidence_head: bool = False
+    """DSpark: estimate each slot's acceptance probability."""
+    confidence_sees_markov: bool = True
+    """DSpark: the confidence head also reads the previous token's row."""
+    draft_vocab_size: int | None = None
+    """Vd: ids that can be drafted; None is the whole vocabulary."""
 
     def __post_init__(self) -> None:
         require(
@@ -82,11 +124,104 @@ class DrafterConfig:
             "last "
             "layer is never tapped, since servers capture it before the final norm.",
         )
+        self._check_layers()
+        self._check_dflash2()
+        self._check_dspark()
+        size = self.draft_vocab_size
+        require(
+            size is None or (0 < size < self.vocab_size and not self.is_dflash2),
+            f"drafter.draft_vocab_size (={size}) must lie in 1..{self.vocab_size - 1}, without "
+            "drafter.selector_rank: candidates are ids of the whole vocabulary. Leave it unset.",
+        )
+
+    def _check_layers(self) -> None:
+        types = self.layer_types
+        require(
+            types is None
+            or (len(types) == self.num_hidden_layers and set(types) <= {FULL, SLIDING}),
+            f"drafter.layer_types (={types}) must name {FULL} or {SLIDING} once for each of the "
+            f"{self.num_hidden_layers} layers.",
+        )
+        slides = types is not None and SLIDING in types
+        require(
+            slides == (self.sliding_window is not None) and self.sliding_window != 0,
+            f"drafter.sliding_window (={self.sliding_window}) must be a number of tokens where a "
+            f"layer slides, and unset elsewhere. drafter.layer_types is {types}.",
+        )
+
+    def _check_dflash2(self) -> None:
+        fields = ("conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k")
+        values = [getattr(self, name) for name in fields]
+        require(
+            all(value is None for value in values) or all(value for value in values),
+            f"drafter.{', drafter.'.join(fields)} (={values}) must all be set (DFlash 2) or all "
+            "unset. The released drafters use 2, 16, 256, 16.",
+        )
+        group = self.conv_group_size
+        require(
+            group is None or self.hidden_size % group == 0,
+            f"drafter.conv_group_size (={group}) must divide the hidden size {self.hidden_size}.",
+        )
+        top_k = self.selector_top_k
+        require(
+            top_k is None or top_k <= self.vocab_size,
+            f"drafter.selector_top_k (={top_k}) must be at most the vocabulary size "
+            f"{self.vocab_size}. Set it to 16.",
+        )
+
+    def _check_dspark(self) -> None:
+        rank = self.markov_rank
+        require(
+            rank is None or (rank > 0 and not self.is_dflash2),
+            f"drafter.markov_rank (={rank}) must be at least 1, without drafter.selector_rank: a "
+            "drafter is DSpark or DFlash 2. Set it to 256, or leave one of them unset.",
+        )
+        require(
+            rank is not None or not (self.markov_gated or self.has_confidence_head),
+            "drafter.markov_gated and drafter.has_confidence_head "
+            f"(={self.markov_gated}, {self.has_confidence_head}) belong to DSpark. Set "
+            "drafter.markov_rank too.",
+        )
 
     @property
     def num_taps(self) -> int:
         """L, the number of tap layers."""
         return len(self.target_layer_ids)
+
+    @property
+    def is_dflash2(self) -> bool:
+        """Tell whether convolutions and a candidate selector are there."""
+        return self.selector_rank is not None
+
+    @property
+    def is_shifted(self) -> bool:
+        """Tell whether slot k predicts position a + k + 1 (DSpark) instead of its own, a + k."""
+        return self.markov_rank is not None
+
+    @property
+    def first_slot(self) -> int:
+        """Give the first slot that predicts: 0 where labels are shifted, else 1."""
+        return 0 if self.is_shifted else 1
+
+    @property
+    def num_drafts(self) -> int:
+        """Give the most tokens that one block drafts."""
+        return self.block_size - self.first_slot
+
+    @property
+    def num_output_ids(self) -> int:
+        """Give the ids that have a logit: Vd, or V."""
+        return self.draft_vocab_size or self.vocab_size
+
+    def layer_visibility(self) -> list[Visibility]:
+        """Give what each layer lets a slot see."""
+        return [
+            Visibility(
+                window=self.sliding_window if kind == SLIDING else None,
+                is_causal=kind == SLIDING if self.is_causal is None else self.is_causal,
+            )
+            for kind in self.layer_types or [FULL] * self.num_hidden_layers
+        ]
 
     def to_qwen3(self) -> Qwen3Config:
         """Give the Transformers configuration that servers build this drafter from."""
@@ -102,7 +237,9 @@ class DrafterConfig:
             rms_norm_eps=self.rms_norm_eps,
             rope_parameters=dict(self.rope_parameters),
             attention_bias=self.attention_bias,
-            layer_types=["full_attention"] * self.num_hidden_layers,
+            layer_types=self.layer_types or [FULL] * self.num_hidden_layers,
+            use_sliding_window=self.sliding_window is not None,
+            sliding_window=self.sliding_window,
             max_window_layers=self.num_hidden_layers,
             tie_word_embeddings=False,
         )
@@ -145,17 +282,49 @@ class DrafterConfig:
             num_target_layers=num_layers,
             rms_norm_eps=target.rms_norm_eps,
             rope_parameters=_own_rope(target),
+            input_embedding_scale=_embedding_scale(settings, target),
+            final_logit_softcapping=_softcap(settings, target),
+            **{name: getattr(settings, name) for name in _COPIED},
         )
 
 
+_COPIED = (
+    "attention_bias", "output_multiplier", "layer_types", "sliding_window", "is_causal",
+    "conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k", "markov_rank",
+    "markov_gated", "has_confidence_head", "confidence_sees_markov", "draft_vocab_size",
+)  # fmt: skip
+"""Fields that a recipe's drafter settings hold under the same name."""
+
+
+def _embedding_scale(settings: DrafterSettings, target: PreTrainedConfig) -> float:
+    """Take the recipe's scale, else the factor inside the target family's embedding module.
+
+    Every Gemma multiplies its embedding rows by sqrt(E), other families do not scale.
+    """
+    if settings.input_embedding_scale is not None:
+        return settings.input_embedding_scale
+    return target.hidden_size**0.5 if target.model_type.startswith("gemma") else 1.0
+
+
+def _softcap(settings: DrafterSettings, target: PreTrainedConfig) -> float | None:
+    """Take the recipe's cap, 0 for none, else the target's if it has one."""
+    cap = settings.final_logit_softcapping
+    if cap is None:
+        cap = target.to_dict().get("final_logit_softcapping")
+    return cap or None
+
+
 def _own_rope(target: PreTrainedConfig) -> dict[str, Any]:
-    """Take the target's theta and scaling, never its partial width or its M-RoPE sections."""
+    """Take the target's theta and scaling, never its partial width or its M-RoPE sections.
+
+    A target with one RoPE per layer type (Gemma 3) lends the one of its full layers.
+    """
     rope = dict(target.rope_parameters)
+    rope = dict(rope.get(FULL, rope))
     require(
         "rope_theta" in rope,
-        f"target.name_or_path: its rope_parameters (={sorted(rope)}) have one entry per layer "
-        "type, "
-        "which this version cannot copy to a drafter.",
+        f"target.name_or_path: its rope_parameters (={sorted(rope)}) have no rope_theta to copy "
+        "to the drafter.",
     )
     for key in ("partial_rotary_factor", "mrope_section", "mrope_interleaved"):
         rope.pop(key, None)

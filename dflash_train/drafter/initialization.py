@@ -1,9 +1,8 @@
 """Start a drafter from the target's last layers instead of from noise.
 
 A drafter layer has the shapes of a target layer when the recipe copies them, so the last N layers
-of
-the target are a better start than random weights. What differs is arranged so that the context keys
-and values are, at the start, the ones that the target itself would compute:
+of the target are a better start than random weights. What differs is arranged so that the context
+keys and values are, at the start, the ones that the target itself would compute:
 
 - `fc` passes the last tap through (plus a little noise of the other taps), because the deepest
   state is the nearest to the input of the copied layers;
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from dflash_train.config import require
 from dflash_train.drafter.model import Drafter
 
 OTHER_TAPS_SCALE = 0.1
@@ -30,6 +30,12 @@ def initialize_from_target(drafter: Drafter, target: PreTrainedModel) -> None:
     Raises:
         ValueError: The target's layers have other names or shapes than the drafter's.
     """
+    activation = target.config.get_text_config().to_dict().get("hidden_act")
+    require(
+        activation == "silu",
+        f"drafter.init (=target): the target's hidden_act (={activation}) must be silu, as the "
+        "drafter's MLP. Set drafter.init=random.",
+    )
     decoder = target.get_decoder()
     num_copied = drafter.config.num_hidden_layers
     first = drafter.config.num_target_layers - num_copied
@@ -54,6 +60,10 @@ def _copy_layer(layer: nn.Module, source: dict[str, Tensor]) -> None:
         projection = layer.get_parameter(name)
         _copy(projection, source, name)
         projection.mul_(input_norm)
+    for head in ("q", "k", "v", "o"):
+        name = f"self_attn.{head}_proj.bias"
+        if name in source and name in dict(layer.named_parameters()):
+            _copy(layer.get_parameter(name), source, name)
     for head in ("q", "k"):
         name = f"self_attn.{head}_norm.weight"
         if name in source:

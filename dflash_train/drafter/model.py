@@ -1,99 +1,24 @@
 """The DFlash drafter: a block of masks becomes a block of hidden states in one pass.
 
 Definition: arXiv 2602.06036 as realised by the PyPI package `dflash` 0.1.0. Parameter names are
-the ones its checkpoints use. Legend: A blocks, K slots, T context rows, L taps, E hidden size,
-D head dim, V vocabulary.
+the ones its checkpoints use. The variants (DFlash 2, DSpark, windows, a reduced vocabulary) are
+named modules that a plain drafter does not have. Legend: A blocks, K slots, m slots of one block,
+n drafts of it, S single slots, T context rows, L taps, E hidden size, V vocabulary, Vd ids that
+can be drafted.
 """
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
-from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
-from dflash_train.drafter.attention import Blocks, ContextKV, InjectedAttention
+from dflash_train.config import require
+from dflash_train.drafter.attention import Blocks, ContextCache, ContextKV
 from dflash_train.drafter.config import DrafterConfig
+from dflash_train.drafter.heads import CandidateSelector, ConfidenceHead, MarkovHead
+from dflash_train.drafter.layers import DrafterLayer, ExactRotary
+from dflash_train.drafter.mixers import BlockConvolution
 from dflash_train.features.target import FrozenHead
 
 INITIALIZER_RANGE = 0.02
-
-
-class GatedMLP(nn.Module):
-    """`down(silu(gate(x)) * up(x))`, as in Qwen3."""
-
-    def __init__(self, config: DrafterConfig) -> None:
-        """Build the three projections."""
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map `[..., E]` to `[..., E]`."""
-        return self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-class DrafterLayer(nn.Module):
-    """One pre-norm transformer layer; only block rows flow through it."""
-
-    def __init__(self, config: DrafterConfig) -> None:
-        """Build attention, MLP and their norms."""
-        super().__init__()
-        self.self_attn = InjectedAttention(config)
-        self.mlp = GatedMLP(config)
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-
-    def forward(
-        self, x_AKE: Tensor, context: ContextKV, blocks: Blocks, *, cos: Tensor, sin: Tensor
-    ) -> Tensor:
-        """Map block rows `[A, K, E]` to `[A, K, E]`."""
-        normed = self.input_layernorm(x_AKE)
-        x_AKE = x_AKE + self.self_attn(normed, context, blocks, cos=cos, sin=sin)
-        return x_AKE + self.mlp(self.post_attention_layernorm(x_AKE))
-
-
-class ExactRotary(Qwen3RotaryEmbedding):
-    """RoPE whose frequencies stay float32 when the drafter is cast, as in every server.
-
-    `module.to(bfloat16)` would round them, and far positions would turn by a wrong angle.
-    """
-
-    inv_freq: Tensor
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ExactRotary":
-        exact = self.inv_freq
-        super()._apply(fn, recurse)
-        self.inv_freq = exact.to(self.inv_freq.device)
-        return self
-
-
-class ContextCache:
-    """The context keys and values of one request, all drafter layers; block rows never enter.
-
-    The decoder owns it and only appends; nothing is ever removed, because only features of
-    committed tokens are fed.
-    """
-
-    def __init__(self) -> None:
-        """Start empty."""
-        self.layers: list[ContextKV] = []
-
-    @property
-    def length(self) -> int:
-        """Context rows held, which is also the position of the next anchor."""
-        return self.layers[0].k.shape[0] if self.layers else 0
-
-    def append(self, rows: list[ContextKV]) -> None:
-        """Add new context rows, one entry per layer."""
-        if not self.layers:
-            self.layers = rows
-            return
-        self.layers = [
-            ContextKV(torch.cat([held.k, new.k]), torch.cat([held.v, new.v]))
-            for held, new in zip(self.layers, rows, strict=True)
-        ]
 
 
 class Drafter(nn.Module):
@@ -102,21 +27,37 @@ class Drafter(nn.Module):
     Embedding and head are the target's and stay outside (`FrozenHead`).
     """
 
+    d2t: Tensor
+    """`[Vd]` int64, target id minus draft id; only where the vocabulary is reduced."""
+
     def __init__(self, config: DrafterConfig) -> None:
-        """Build a randomly initialised drafter: normal weights (0.02), norms of ones."""
+        """Build a random drafter: normal weights (0.02), norms of ones, variants as no change."""
         super().__init__()
         self.config = config
         width = config.hidden_size
         self.fc = nn.Linear(config.num_taps * width, width, bias=False)
         self.hidden_norm = nn.RMSNorm(width, eps=config.rms_norm_eps)
-        self.layers = nn.ModuleList(DrafterLayer(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            DrafterLayer(config, visibility) for visibility in config.layer_visibility()
+        )
         self.norm = nn.RMSNorm(width, eps=config.rms_norm_eps)
         self.rotary_emb = ExactRotary(config.to_qwen3())
+        self.candidate_selector = CandidateSelector(config) if config.is_dflash2 else None
+        self.markov_head = MarkovHead(config) if config.markov_rank is not None else None
+        self.confidence_head = ConfidenceHead(config) if config.has_confidence_head else None
+        if config.draft_vocab_size is not None:
+            self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.int64))
+        self._initialize()
+
+    def _initialize(self) -> None:
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=INITIALIZER_RANGE)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if isinstance(module, (BlockConvolution, MarkovHead)):
+                module.start_as_identity()
 
     def forward(self, block_embeddings: Tensor, target_features: Tensor, blocks: Blocks) -> Tensor:
         """Run many blocks of packed documents, as in training and replay.
@@ -160,7 +101,10 @@ class Drafter(nn.Module):
         return self._denoise(block_embeddings[None], cache.layers, blocks)[0]
 
     def logits(self, hidden: Tensor, head: FrozenHead) -> Tensor:
-        """Give `[..., V]` logits of hidden states `[..., E]`, multiplier and soft cap applied."""
+        """Give `[..., V]` logits of hidden states `[..., E]`, multiplier and soft cap applied.
+
+        They are those of the parallel pass, before anything that depends on drafted tokens.
+        """
         return self.shape_logits(head.logits(hidden))
 
     def shape_logits(self, logits: Tensor) -> Tensor:
@@ -168,6 +112,105 @@ class Drafter(nn.Module):
         logits = logits * self.config.output_multiplier
         cap = self.config.final_logit_softcapping
         return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    @property
+    def draft_token_ids(self) -> Tensor | None:
+        """Give `[Vd]` int64, the target's ids that can be drafted; None is all V."""
+        if self.config.draft_vocab_size is None:
+            return None
+        return torch.arange(len(self.d2t), device=self.d2t.device) + self.d2t
+
+    def set_draft_vocabulary(self, ids: Tensor) -> None:
+        """Choose the ids that can be drafted, once, before training.
+
+        Args:
+            ids: `[Vd]` int64, ascending and distinct ids of the target's vocabulary.
+
+        Raises:
+            ValueError: The drafter wants another number of ids, or these are not ascending.
+        """
+        size, vocab_size = self.config.draft_vocab_size, self.config.vocab_size
+        require(
+            size == len(ids),
+            f"drafter.draft_vocab_size (={size}) must equal the {len(ids)} ids that were chosen.",
+        )
+        fits = bool((ids.diff() > 0).all()) and int(ids[0]) >= 0 and int(ids[-1]) < vocab_size
+        require(fits, f"drafter.draft_vocab_size: its ids must ascend within 0..{vocab_size - 1}.")
+        self.d2t.copy_(ids - torch.arange(len(ids), device=ids.device))
+
+    def output_head(self, head: FrozenHead) -> FrozenHead:
+        """Restrict the target's head to the ids that this drafter drafts; do it once.
+
+        Returns:
+            The same object where that is the whole vocabulary.
+        """
+        ids = self.draft_token_ids
+        return head if ids is None else head.restricted(ids)
+
+    @torch.no_grad()
+    def choose(self, hidden_SE: Tensor, previous_ids_S: Tensor, head: FrozenHead) -> Tensor:
+        """Draft one token greedily for each of some slots, given the tokens before them.
+
+        Args:
+            hidden_SE: `[S, E]` from `forward` or `draft_step`.
+            previous_ids_S: `[S]` int64, token before each draft; plain DFlash does not look.
+            head: From `output_head`.
+
+        Returns:
+            `[S]` int64 ids of the target's vocabulary.
+        """
+        return self._choose(hidden_SE, previous_ids_S, self._unary(hidden_SE, head), head)
+
+    @torch.no_grad()
+    def draft(self, hidden_mE: Tensor, anchor_id: Tensor, head: FrozenHead) -> Tensor:
+        """Draft one block greedily, from left to right.
+
+        Args:
+            hidden_mE: `[m, E]` from `draft_step`, the anchor's slot included.
+            anchor_id: int64 scalar or `[1]`, the block's anchor.
+            head: From `output_head`.
+
+        Returns:
+            `[n]` int64 ids of the target's vocabulary, n = m - 1, or m in the shifted layout.
+        """
+        hidden_nE = hidden_mE[self.config.first_slot :]
+        logits_nV = self._unary(hidden_nE, head)
+        previous = anchor_id.reshape(1)
+        if self.candidate_selector is None and self.markov_head is None:
+            return self._choose(hidden_nE, previous.expand(len(hidden_nE)), logits_nV, head)
+        drafts = [previous[:0]]
+        for hidden_1E, logits_1V in zip(hidden_nE.split(1), logits_nV.split(1), strict=True):
+            previous = self._choose(hidden_1E, previous, logits_1V, head)
+            drafts.append(previous)
+        return torch.cat(drafts)
+
+    @torch.no_grad()
+    def confidence(self, hidden_SE: Tensor, previous_ids_S: Tensor) -> Tensor:
+        """Estimate for each slot the probability that its draft is accepted, `[S]` (DSpark)."""
+        return self.confidence_logits(hidden_SE, previous_ids_S).sigmoid()
+
+    def confidence_logits(self, hidden_SE: Tensor, previous_ids_S: Tensor) -> Tensor:
+        """Give the same as logits, `[S]`, with their graph: the confidence loss wants these.
+
+        Args:
+            hidden_SE: `[S, E]` after the final norm.
+            previous_ids_S: `[S]` int64, token before each slot's draft.
+        """
+        assert self.confidence_head is not None
+        assert self.markov_head is not None
+        return self.confidence_head(hidden_SE, self.markov_head.markov_w1(previous_ids_S))
+
+    def _unary(self, hidden_SE: Tensor, head: FrozenHead) -> Tensor:
+        return self.logits(hidden_SE.to(head.lm_head_weight.dtype), head)
+
+    def _choose(
+        self, hidden_SE: Tensor, previous_ids_S: Tensor, logits_SV: Tensor, head: FrozenHead
+    ) -> Tensor:
+        if self.candidate_selector is not None:
+            return self.candidate_selector.choose(hidden_SE, previous_ids_S, logits_SV)
+        if self.markov_head is not None:
+            logits_SV = logits_SV + self.markov_head(hidden_SE, previous_ids_S)
+        return head.to_target_ids(logits_SV.argmax(dim=-1))
 
     def _project_context(self, target_features: Tensor, positions: Tensor) -> list[ContextKV]:
         fused = self.hidden_norm(self.fc(target_features))  # [T, E]

@@ -1,9 +1,11 @@
 """The feature store: rows of token ids with the target's features, in checksummed shards.
 
 One folder holds one split. A shard is a safetensors file with `input_ids [N]`, `loss_mask [N]`,
-`features [N, L*E]` and `offsets [rows + 1]`; `index.arrow` has one line a row and is what
-`datasets` opens; `manifest.json` comes last. Shards are memory-mapped: a row costs one read of its
-own bytes. Cost: N*L*E*2 bytes in bf16, 5.8 kB per token for SmolLM2-135M with 5 taps.
+`features [N, L*E]` and `offsets [rows + 1]`, and `teacher_ids [N, k]`, `teacher_probabilities
+[N, k]` where `data.teacher_top_k` asks for them (`features/teacher.py`); `index.arrow` has one line
+a row and is what `datasets` opens; `manifest.json` comes last. Shards are memory-mapped: a row
+costs one read of its own bytes. Cost: N*L*E*2 bytes in bf16, 5.8 kB per token for SmolLM2-135M with
+5 taps; the teacher adds 8*k bytes per token, 64 at k = 8.
 """
 
 from collections.abc import Sequence
@@ -18,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dflash_train.features.teacher import TeacherRow, join
 from dflash_train.records.manifest import Manifest, atomic_path
 
 if TYPE_CHECKING:
@@ -63,6 +66,8 @@ class FeatureRow:
     finish_reason: str
     weight: int = 1
     """How many logged calls this row stands for."""
+    teacher: TeacherRow | None = None
+    """The target's distribution of the token after each, top k; None where none was kept."""
 
     @property
     def prompt_length(self) -> int:
@@ -71,13 +76,17 @@ class FeatureRow:
 
 
 def write_shard(path: Path, rows: list[FeatureRow], *, dtype: torch.dtype) -> list[IndexLine]:
-    """Write one shard atomically and give the index lines of its rows."""
+    """Write one shard atomically and give the index lines of its rows.
+
+    The rows carry a teacher of one k, or none does.
+    """
     lengths = torch.tensor([0, *(len(row.input_ids) for row in rows)])
     tensors = {
         "input_ids": torch.cat([row.input_ids for row in rows]),
         "loss_mask": torch.cat([row.loss_mask for row in rows]),
         "features": torch.cat([row.features.to(dtype).cpu() for row in rows]),
         "offsets": lengths.cumsum(0),
+        **_teacher_tensors(rows),
     }
     with atomic_path(path) as partial:
         save_file(tensors, partial)
@@ -96,6 +105,18 @@ def write_shard(path: Path, rows: list[FeatureRow], *, dtype: torch.dtype) -> li
         )
         for position, row in enumerate(rows)
     ]
+
+
+def _teacher_tensors(rows: list[FeatureRow]) -> dict[str, Tensor]:
+    teachers = [row.teacher for row in rows if row.teacher is not None]
+    if not teachers:
+        return {}
+    assert len(teachers) == len(rows), "some rows of a shard carry a teacher and some do not"
+    teacher = join(teachers)
+    return {
+        "teacher_ids": teacher.ids.cpu(),
+        "teacher_probabilities": teacher.probabilities.cpu(),
+    }
 
 
 def write_index(folder: Path, lines: list[IndexLine]) -> None:
@@ -174,6 +195,7 @@ class FeatureStore:
             max_length=line.max_length,
             finish_reason=line.finish_reason,
             weight=line.weight,
+            teacher=_read_teacher(shard, first, end),
         )
 
     @property
@@ -191,3 +213,12 @@ class FeatureStore:
                     f"{path} cannot be read: {error}. Delete it and run `collect` again."
                 ) from error
         return self._shards[name]
+
+
+def _read_teacher(shard: Any, first: int, end: int) -> TeacherRow | None:
+    if "teacher_ids" not in shard.keys():
+        return None
+    return TeacherRow(
+        ids=shard.get_slice("teacher_ids")[first:end],
+        probabilities=shard.get_slice("teacher_probabilities")[first:end],
+    )

@@ -28,7 +28,11 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from dflash_train.config import TargetConfig, require
 from dflash_train.features.target_weights import TargetLocation, locate_target
+from dflash_train.features.teacher import TeacherRow, join, top_tokens
 from dflash_train.records.manifest import content_hash
+
+_LOGIT_ROWS = 256
+"""Answer tokens whose logits `[rows, V]` exist at once when a finished row is read."""
 
 
 @dataclass(kw_only=True)
@@ -38,15 +42,36 @@ class FrozenHead:
     embedding_weight: Tensor
     """`[V, E]`."""
     lm_head_weight: Tensor
-    """`[V, E]`; the same tensor as the embedding where the target ties them."""
+    """`[V, E]`; the same tensor as the embedding where the target ties them. `[Vd, E]` where only
+    some ids can be drafted."""
+    draft_token_ids: Tensor | None = None
+    """`[Vd]` int64, ascending: the target's id of each row of the head; None means all V."""
 
     def embed(self, ids: Tensor) -> Tensor:
         """Look up raw rows `[..., E]`, without any scale of the target's embedding module."""
         return functional.embedding(ids, self.embedding_weight)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Multiply `[..., E]` hidden states with the head: `[..., V]`."""
+        """Multiply `[..., E]` hidden states with the head: `[..., V]`, or `[..., Vd]`."""
         return functional.linear(hidden, self.lm_head_weight)
+
+    def restricted(self, ids: Tensor) -> "FrozenHead":
+        """Give the head of a reduced draft vocabulary, from a full one.
+
+        Args:
+            ids: `[Vd]` int64, ascending ids of the target's vocabulary.
+        """
+        assert self.draft_token_ids is None
+        ids = ids.to(self.lm_head_weight.device)
+        return FrozenHead(
+            embedding_weight=self.embedding_weight,
+            lm_head_weight=self.lm_head_weight[ids],
+            draft_token_ids=ids,
+        )
+
+    def to_target_ids(self, index: Tensor) -> Tensor:
+        """Turn rows of the head, such as an argmax, into ids of the target's vocabulary."""
+        return index if self.draft_token_ids is None else self.draft_token_ids[index]
 
 
 @dataclass(kw_only=True)
@@ -69,6 +94,18 @@ class GeneratedRow:
     """`[P + N, L*E]`; the last row is zeros, since the last token is never fed."""
     finish_reason: str
     """`stop` or `length`."""
+    teacher: TeacherRow | None
+    """`[P + N, k]`, of the passes that wrote the answer; None where it was not asked for."""
+
+
+@dataclass(kw_only=True)
+class ReadAnswer:
+    """What one pass over a finished row gives."""
+
+    features: Tensor
+    """`[tokens, L*E]`; the last row is zeros, since the last token is never fed."""
+    teacher: TeacherRow | None = None
+    """`[tokens, k]`; None where it was not asked for."""
 
 
 class Target:
@@ -155,24 +192,75 @@ class Target:
             )
         return TargetOutput(logits=output.logits, features=torch.cat(tapped, dim=-1))
 
-    @torch.no_grad()
     def features_of(self, rows: list[list[int]]) -> list[Tensor]:
         """Run finished rows once and give their features, `[tokens, L*E]` each, last row zeros."""
+        answers = self.read_answers(rows, prompt_lengths=[1] * len(rows), teacher_top_k=0)
+        return [answer.features for answer in answers]
+
+    @torch.no_grad()
+    def read_answers(
+        self, rows: list[list[int]], *, prompt_lengths: list[int], teacher_top_k: int
+    ) -> list[ReadAnswer]:
+        """Run finished rows once; give features and the distributions of their answers' tokens.
+
+        Args:
+            rows: Token ids of prompt and answer.
+            prompt_lengths: P of each row, at least 1; read for the teacher only.
+            teacher_top_k: Tokens kept of each distribution; 0 keeps none.
+        """
         fed = [row[:-1] for row in rows]
         input_ids, attention_mask = _pad(fed, left=False, device=self.device)
         with self._taps() as tapped:
-            self.model.get_decoder()(
+            output = self.model.get_decoder()(
                 input_ids=input_ids, attention_mask=attention_mask, use_cache=False
             )
         features = torch.cat(tapped, dim=-1)
-        return [
-            functional.pad(features[index, : len(row)], (0, 0, 0, 1))
+        answers = [
+            ReadAnswer(features=functional.pad(features[index, : len(row)], (0, 0, 0, 1)))
             for index, row in enumerate(fed)
         ]
+        if teacher_top_k:
+            final = output.last_hidden_state
+            hidden = [
+                final[index, prompt_length - 1 : len(row)]
+                for index, (row, prompt_length) in enumerate(zip(fed, prompt_lengths, strict=True))
+            ]
+            teachers = self._teachers_of(hidden, teacher_top_k)
+            for answer, teacher, length in zip(answers, teachers, prompt_lengths, strict=True):
+                answer.teacher = teacher.over_the_row(length)
+        return answers
+
+    def _teachers_of(self, hidden: list[Tensor], top_k: int) -> list[TeacherRow]:
+        """Give the top k after each final state, `[tokens, k]` for each `[tokens, E]`."""
+        require(
+            self._is_head_and_cap,
+            f"data.teacher_top_k (={top_k}) needs a target whose logits are its LM head's, soft "
+            f"cap or not; target.name_or_path (={self.name}) changes them further. Set it to 0.",
+        )
+        chunks = torch.cat(hidden).split(_LOGIT_ROWS)
+        kept = join([top_tokens(self._head_and_cap(chunk), top_k) for chunk in chunks])
+        return kept.split([len(states) for states in hidden])
+
+    def _head_and_cap(self, hidden: Tensor) -> Tensor:
+        """Give the target's logits `[..., V]` of its hidden states after the final norm."""
+        head = self.model.get_output_embeddings()
+        assert head is not None, "frozen_head has refused such a target"
+        logits = head(hidden)
+        cap = self.model.config.get_text_config().to_dict().get("final_logit_softcapping")
+        return logits if not cap else cap * torch.tanh(logits / cap)
+
+    @functools.cached_property
+    def _is_head_and_cap(self) -> bool:
+        """Whether `_head_and_cap` gives the model's own logits; Granite and Cohere scale theirs."""
+        ids = torch.arange(4, device=self.device)[None]
+        want = self.model(input_ids=ids, use_cache=False).logits
+        got = self._head_and_cap(self.model.get_decoder()(input_ids=ids).last_hidden_state)
+        error = (got - want).abs().max()
+        return bool(error <= 2e-2 * want.abs().max())  # room for bfloat16, not for a scale
 
     @torch.no_grad()
     def generate_batch(
-        self, prompts: list[list[int]], *, max_new_tokens: int
+        self, prompts: list[list[int]], *, max_new_tokens: int, teacher_top_k: int = 0
     ) -> list[GeneratedRow]:
         """Answer prompts greedily and keep the features of the very passes that wrote the answers.
 
@@ -182,6 +270,8 @@ class Target:
         Args:
             prompts: Token ids of each prompt, any lengths.
             max_new_tokens: Budget of each answer, in tokens.
+            teacher_top_k: Tokens kept of the distribution that each answer token came from; 0
+                keeps none.
         """
         input_ids, attention_mask = _pad(prompts, left=True, device=self.device)
         position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
@@ -199,6 +289,10 @@ class Target:
             next_ids = output.logits[:, -1].argmax(-1)
             for slot, index in enumerate(live):
                 rows[index].take(output.features[slot], int(next_ids[slot]))
+            if teacher_top_k:
+                kept_tokens = top_tokens(output.logits[:, -1], teacher_top_k)
+                for index, teacher in zip(live, kept_tokens.split([1] * len(live)), strict=True):
+                    rows[index].teacher.append(teacher)
             kept = [
                 slot
                 for slot, index in enumerate(live)
@@ -248,6 +342,7 @@ class _OpenRow:
         self.prompt_length = len(prompt)
         self.output_ids: list[int] = []
         self.features: list[Tensor] = []
+        self.teacher: list[TeacherRow] = []
 
     def take(self, features: Tensor, token_id: int) -> None:
         """Keep the features of the tokens just fed (padding cut off) and the token they chose."""
@@ -265,6 +360,7 @@ class _OpenRow:
             output_ids=self.output_ids,
             features=functional.pad(torch.cat(self.features), (0, 0, 0, 1)),
             finish_reason="stop" if stopped else "length",
+            teacher=join(self.teacher).over_the_row(self.prompt_length) if self.teacher else None,
         )
 
 

@@ -2,13 +2,15 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from dflash_data.collect import collect
 from dflash_data.regenerate import regenerate
 from dflash_train.config import Dtype, RecipeConfig
-from dflash_train.features.store import FeatureStore
+from dflash_train.features.store import FeatureRow, FeatureStore
 from dflash_train.features.target import Target
 from dflash_train.records.conversation import Conversation, read_split
 from dflash_train.records.manifest import Manifest, file_hash
@@ -21,6 +23,10 @@ def never() -> Target:
 
 def run_regenerate(config: RecipeConfig, target: Target) -> None:
     regenerate(config, target=target, manifest=Manifest(stage="regenerate", recipe_hash="r"))
+
+
+def collected(config: RecipeConfig, split: str = "train") -> dict[str, FeatureRow]:
+    return {row.id: row for row in FeatureStore.open(config.run_dir / "features" / split)}
 
 
 def run_collect(config: RecipeConfig, load_target: object) -> Manifest:
@@ -72,6 +78,46 @@ def test_an_answer_of_the_log_gives_the_row_that_generation_gave(
         assert_close(row.id, row.features, twin.features, 1e-5)
 
 
+def test_an_answer_of_the_log_gives_the_teacher_that_generation_gave(
+    config: RecipeConfig, target: Target, tmp_path: Path
+) -> None:
+    config.data.teacher_top_k = 4
+    config.data.features_dtype = Dtype.float32
+    write_conversations(config, [ask(f"{name}0", f"question {name}") for name in "abcdef"])
+    run_regenerate(config, target)
+    assert run_collect(config, never).details == {"teacher_top_k": 4}
+    logged = replace(config, runs_dir=str(tmp_path / "logged"))
+    write_conversations(logged, list(read_split(config.run_dir / "regenerated", "train")))
+    run_collect(logged, lambda: target)
+    generated, found = collected(config), collected(logged)
+    assert found.keys() == generated.keys()
+    for name, row in found.items():
+        teacher, twin = row.teacher, generated[name].teacher
+        assert teacher is not None
+        assert twin is not None
+        wrote = row.loss_mask.roll(-1)
+        assert torch.equal(teacher.ids, twin.ids)
+        assert teacher.ids[wrote, 0].tolist() == row.input_ids[row.loss_mask].tolist()
+        assert_close(name, teacher.probabilities, twin.probabilities, 1e-5)
+        assert not teacher.probabilities[~wrote].any()
+
+
+def test_collecting_a_teacher_changes_no_features(
+    config: RecipeConfig, answered: list[Conversation], target: Target, tmp_path: Path
+) -> None:
+    plain, kept = (replace(config, runs_dir=str(tmp_path / name)) for name in ("plain", "kept"))
+    kept.data = replace(config.data, teacher_top_k=4)
+    for run in (plain, kept):
+        write_conversations(run, answered)
+        run_collect(run, lambda: target)
+    found = collected(kept)
+    for name, row in collected(plain).items():
+        assert row.teacher is None
+        assert found[name].teacher is not None
+        assert torch.equal(found[name].features, row.features)
+        assert torch.equal(found[name].input_ids, row.input_ids)
+
+
 def test_text_without_ids_is_rendered_and_cut_at_the_stop_token(
     config: RecipeConfig, target: Target
 ) -> None:
@@ -101,11 +147,11 @@ def test_an_interrupted_collection_ends_with_the_same_bytes(
 
         tokenizer, stop_token_ids = target.tokenizer, target.stop_token_ids
 
-        def features_of(self, rows: list[list[int]]) -> object:
+        def read_answers(self, rows: list[list[int]], **settings: Any) -> object:
             calls.append(len(rows))
             if len(calls) == 2:
                 raise KeyboardInterrupt
-            return target.features_of(rows)
+            return target.read_answers(rows, **settings)
 
     with pytest.raises(KeyboardInterrupt):
         run_collect(broken, Dies)

@@ -1,4 +1,5 @@
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,29 @@ def test_features_are_those_of_a_teacher_forced_pass(config: RecipeConfig, targe
         assert not tensors["features"][end - 1].any()
 
 
+def test_the_teacher_stands_beside_features_that_it_does_not_change(
+    config: RecipeConfig, target: Target
+) -> None:
+    kept = replace(config, name="kept", data=replace(config.data, teacher_top_k=3))
+    for each in (config, kept):
+        write_conversations(each, RECORDS)
+        manifest = run(each, target)
+        assert manifest.details == {"teacher_top_k": each.data.teacher_top_k}
+    folder = config.run_dir / "regenerated" / "features"
+    for path in folder.rglob("*.safetensors"):
+        plain = load_file(path)
+        beside = load_file(kept.run_dir / "regenerated" / "features" / path.relative_to(folder))
+        ids, masses = beside.pop("teacher_ids"), beside.pop("teacher_probabilities")
+        assert plain.keys() == beside.keys()
+        assert all(torch.equal(plain[name], beside[name]) for name in plain)
+        wrote = plain["loss_mask"]
+        assert ids.shape == masses.shape == (len(wrote), 3)
+        before = wrote.roll(-1)  # rows start with a prompt, so nothing wraps into an answer
+        assert ids[before, 0].tolist() == plain["input_ids"][wrote].tolist()
+        assert (masses[before].sum(-1) > 0).all()
+        assert not masses[~before].any()
+
+
 def test_a_log_answer_of_another_model_is_replaced(config: RecipeConfig, target: Target) -> None:
     logged = ask("d0", "hello", "an answer that some other model wrote")
     logged.turn = 0
@@ -103,11 +127,11 @@ def test_an_interrupted_run_ends_with_the_same_bytes(
     shutil.rmtree(folder)
     generate, calls = target.generate_batch, []
 
-    def generate_twice(prompts: list[list[int]], *, max_new_tokens: int) -> object:
+    def generate_twice(prompts: list[list[int]], **settings: int) -> object:
         calls.append(len(prompts))
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return generate(prompts, max_new_tokens=max_new_tokens)
+        return generate(prompts, **settings)  # pyright: ignore[reportArgumentType]
 
     with monkeypatch.context() as patch:
         patch.setattr(target, "generate_batch", generate_twice)

@@ -3,16 +3,29 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from dflash_train.drafter import block_attention as module
 from dflash_train.drafter.attention import Blocks, ContextKV, block_attention
+from dflash_train.drafter.config import Visibility
 from dflash_train.testing import assert_close
 from dflash_train.training.blocks import visibility_mask
 
 Inputs = dict[str, Tensor]
 
+VISIBILITIES = {
+    "full": Visibility(),
+    "causal": Visibility(is_causal=True),
+    "sliding causal": Visibility(window=9, is_causal=True),
+    "sliding": Visibility(window=9),
+    "W < K, causal": Visibility(window=3, is_causal=True),
+    "W < K": Visibility(window=3),
+    "W = 1": Visibility(window=1),
+    "W > T": Visibility(window=999),
+}
+
 
 def packed_blocks(*, narrow: bool) -> Blocks:
-    """Four documents, T = 63; the second has no block."""
-    anchors = torch.tensor([1, 7, 20, 3, 11, 2, 17])
+    """Four documents, T = 63; the second has no block; anchors in no order."""
+    anchors = torch.tensor([1, 20, 7, 3, 11, 0, 17])
     return Blocks(
         context_offsets=[0, 20, 26, 46, 63],
         block_offsets=[0, 3, 3, 5, 7],
@@ -37,51 +50,98 @@ def random_inputs(num_blocks: int, num_slots: int, num_context: int) -> Inputs:
     }
 
 
-def by_blocks(inputs: Inputs, blocks: Blocks) -> Tensor:
+def by_blocks(inputs: Inputs, blocks: Blocks, visibility: Visibility) -> Tensor:
     context = ContextKV(inputs["context_k"], inputs["context_v"])
     return block_attention(
-        inputs["q"], context, inputs["block_k"], inputs["block_v"], blocks=blocks
+        inputs["q"],
+        context,
+        inputs["block_k"],
+        inputs["block_v"],
+        blocks=blocks,
+        visibility=visibility,
     )
 
 
-def by_dense_mask(inputs: Inputs, blocks: Blocks) -> Tensor:
+def by_dense_mask(inputs: Inputs, blocks: Blocks, visibility: Visibility) -> Tensor:
     num_slots = inputs["q"].shape[1]
     q = inputs["q"].flatten(0, 1).transpose(0, 1)  # [H, A*K, D]
     k = torch.cat([inputs["context_k"], inputs["block_k"].flatten(0, 1)]).transpose(0, 1)
     v = torch.cat([inputs["context_v"], inputs["block_v"].flatten(0, 1)]).transpose(0, 1)
+    mask = visibility_mask(blocks, num_slots, visibility=visibility)
     out = functional.scaled_dot_product_attention(
-        q[None], k[None], v[None], attn_mask=visibility_mask(blocks, num_slots), enable_gqa=True
+        q[None], k[None], v[None], attn_mask=mask, enable_gqa=True
     )
     return out[0].transpose(0, 1).unflatten(0, (-1, num_slots))
 
 
+@pytest.mark.parametrize("scores_at_once", [1, 2500, 1 << 17])
 @pytest.mark.parametrize("narrow", [False, True])
-def test_block_attention_equals_attention_under_the_dense_mask(narrow: bool):
+@pytest.mark.parametrize("visibility", VISIBILITIES.values(), ids=VISIBILITIES.keys())
+def test_block_attention_equals_attention_under_the_dense_mask(
+    visibility: Visibility, narrow: bool, scores_at_once: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(module.SCORES_AT_ONCE, "cpu", scores_at_once)
     blocks = packed_blocks(narrow=narrow)
     inputs = random_inputs(7, 7, 63)
     direction = torch.randn(inputs["q"].shape, dtype=torch.float64)
     results = {}
     for name, attend in (("blocks", by_blocks), ("dense", by_dense_mask)):
-        out = attend(inputs, blocks)
+        out = attend(inputs, blocks, visibility)
         gradients = torch.autograd.grad((out * direction).sum(), list(inputs.values()))
         results[name] = (out.detach(), dict(zip(inputs, gradients, strict=True)))
     assert_close("output", results["blocks"][0], results["dense"][0], 1e-10)
-    for name in inputs:
+    # A softmax over one key has no gradient but that of the value.
+    for name in ["block_v"] if visibility.window == 1 else inputs:
         assert_close(f"d {name}", results["blocks"][1][name], results["dense"][1][name], 1e-10)
 
 
-def test_what_a_block_must_not_see_leaves_its_output_bit_identical():
+@pytest.mark.parametrize("visibility", VISIBILITIES.values(), ids=VISIBILITIES.keys())
+def test_what_a_block_must_not_see_leaves_its_output_bit_identical(visibility: Visibility):
     blocks = packed_blocks(narrow=False)
     inputs = {name: tensor.detach() for name, tensor in random_inputs(7, 7, 63).items()}
-    before = by_blocks(inputs, blocks)[1]  # document 0, anchor 7
+    before = by_blocks(inputs, blocks, visibility)[2]  # document 0, anchor 7
     changed = {name: tensor.clone() for name, tensor in inputs.items()}
     for name in ("context_k", "context_v"):
         changed[name][7:] += 3.0
+        if visibility.window is not None:
+            changed[name][: max(0, 8 - visibility.window)] += 3.0
     for name in ("q", "block_k", "block_v"):
-        changed[name][torch.arange(7) != 1] -= 2.0
-    assert torch.equal(by_blocks(changed, blocks)[1], before)
+        changed[name][torch.arange(7) != 2] -= 2.0
+    assert torch.equal(by_blocks(changed, blocks, visibility)[2], before)
     changed["context_v"][6] += 1e-3
-    assert not torch.equal(by_blocks(changed, blocks)[1], before)
+    assert torch.equal(by_blocks(changed, blocks, visibility)[2], before) == (
+        visibility.window == 1
+    )
+
+
+def test_nothing_of_the_size_of_all_scores_is_kept_for_the_backward_pass():
+    num_blocks, num_slots, num_context = 50, 4, 400
+    inputs = random_inputs(num_blocks, num_slots, num_context)
+    blocks = Blocks(
+        context_offsets=[0, num_context],
+        block_offsets=[0, num_blocks],
+        anchor_positions=torch.arange(num_blocks) * 8,
+    )
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.append(tensor.numel()) or tensor, lambda tensor: tensor
+    ):
+        by_blocks(inputs, blocks, Visibility())
+    assert sum(kept) == sum(tensor.numel() for tensor in inputs.values())
+
+
+def test_low_precision_is_summed_in_float32():
+    blocks = packed_blocks(narrow=False)
+    inputs = {name: tensor.detach() for name, tensor in random_inputs(7, 7, 63).items()}
+    low = {name: tensor.bfloat16() for name, tensor in inputs.items()}
+    exact = {name: tensor.double() for name, tensor in low.items()}
+    for visibility in (Visibility(), Visibility(window=9, is_causal=True)):
+        assert_close(
+            "output",
+            by_blocks(low, blocks, visibility),
+            by_blocks(exact, blocks, visibility).bfloat16(),
+            5e-3,
+        )
 
 
 def test_a_block_at_position_zero_sees_only_itself():
@@ -89,4 +149,10 @@ def test_a_block_at_position_zero_sees_only_itself():
         context_offsets=[0, 0], block_offsets=[0, 1], anchor_positions=torch.tensor([0])
     )
     inputs = random_inputs(1, 3, 0)
-    assert_close("output", by_blocks(inputs, blocks), by_dense_mask(inputs, blocks), 1e-10)
+    for visibility in VISIBILITIES.values():
+        assert_close(
+            "output",
+            by_blocks(inputs, blocks, visibility),
+            by_dense_mask(inputs, blocks, visibility),
+            1e-10,
+        )

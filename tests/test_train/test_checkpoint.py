@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from dflash_train.drafter.checkpoint import load_checkpoint, save_checkpoint
 from dflash_train.drafter.model import Drafter
 from dflash_train.features.target import Target
-from dflash_train.testing import tiny_drafter
+from dflash_train.testing import VARIANTS, tiny_drafter
 
 
 @pytest.fixture
@@ -18,7 +18,9 @@ def drafter(target32: Target) -> Drafter:
     return tiny_drafter(target32)
 
 
-def test_a_checkpoint_comes_back_as_it_was(drafter: Drafter, tmp_path: Path):
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_checkpoint_comes_back_as_it_was(variant: str, target32: Target, tmp_path: Path):
+    drafter = tiny_drafter(target32, **VARIANTS[variant])
     save_checkpoint(drafter, tmp_path / "best")
     loaded = load_checkpoint(tmp_path / "best")
     assert loaded.config == drafter.config
@@ -68,8 +70,25 @@ def _edit_config(folder: Path, change: Callable[[dict[str, Any]], None]) -> None
     [
         (lambda c: c.update(architectures=["LlamaForCausalLM"]), "architectures"),
         (lambda c: c.update(block_size=9), r"block_size \(=9\)"),
-        (lambda c: c.update(is_causal=True), "causal"),
-        (lambda c: c.update(layer_types=["sliding_attention", "full_attention"]), "sliding"),
+        (lambda c: c["dflash_config"].update(causal=True), "causal"),
+        (lambda c: c["dflash_config"].update(use_swa=True), "use_swa"),
+        (
+            lambda c: c.update(layer_types=["sliding_attention"] * 2, sliding_window=4),
+            "use_sliding_window",
+        ),
+        (
+            lambda c: c.update(layer_types=["sliding_attention"] * 2, use_sliding_window=True),
+            r"sliding_window \(=None\)",
+        ),
+        (lambda c: c.update(architectures=["DFlash2DraftModel"]), "conv_kernel_size"),
+        (lambda c: c.update(architectures=["Qwen3DSparkModel"]), "sample_from_anchor"),
+        (
+            lambda c: c.update(
+                architectures=["Qwen3DSparkModel"], sample_from_anchor=True, markov_head_type="rnn"
+            ),
+            r"markov_head_type \(=rnn\)",
+        ),
+        (lambda c: c.update(draft_vocab_size=100), "d2t"),
         (lambda c: c.pop("dflash_config"), "dflash_config"),
         (lambda c: c["dflash_config"].pop("target_layer_ids"), "target_layer_ids"),
         (lambda c: c["dflash_config"].update(mask_token_id=-1), "mask_token_id"),
@@ -83,6 +102,80 @@ def test_a_config_that_cannot_be_honoured_is_refused(
     _edit_config(tmp_path / "best", change)
     with pytest.raises(ValueError, match=message):
         load_checkpoint(tmp_path / "best")
+
+
+PLAIN_TENSORS = 11 * 2 + 3
+
+
+def test_the_files_of_dflash2_hold_what_its_readers_ask_for(target32: Target, tmp_path: Path):
+    save_checkpoint(tiny_drafter(target32, **VARIANTS["dflash2"]), tmp_path)
+    content = orjson.loads((tmp_path / "config.json").read_bytes())
+    assert content["architectures"] == ["DFlash2DraftModel"]
+    wanted = VARIANTS["dflash2"]
+    assert {name: content["dflash_config"][name] for name in wanted} == wanted
+    shapes = {
+        name: tuple(tensor.shape)
+        for name, tensor in load_file(tmp_path / "model.safetensors").items()
+    }
+    assert len(shapes) == PLAIN_TENSORS + 2 * 4 + 3
+    for layer in range(2):
+        for part in ("attention_conv", "mlp_conv"):
+            assert shapes[f"layers.{layer}.{part}.base_kernel"] == (2, 2, 32)
+            assert shapes[f"layers.{layer}.{part}.kernel_projection.weight"] == (2 * 2 * 4, 32)
+    assert shapes["candidate_selector.predecessor_codebook"] == (260, 6)
+    assert shapes["candidate_selector.successor_codebook"] == (260, 6)
+    assert shapes["candidate_selector.hidden_projection.weight"] == (6, 32)
+
+
+def test_the_files_of_dspark_hold_what_its_readers_ask_for(target32: Target, tmp_path: Path):
+    drafter = tiny_drafter(target32, draft_vocab_size=100, **VARIANTS["dspark"])
+    save_checkpoint(drafter, tmp_path)
+    content = orjson.loads((tmp_path / "config.json").read_bytes())
+    assert content["architectures"] == ["Qwen3DSparkModel"]
+    assert content["markov_rank"] == 6
+    assert content["markov_head_type"] == "vanilla"
+    assert content["enable_confidence_head"] is True
+    assert content["confidence_head_with_markov"] is True
+    assert content["sample_from_anchor"] is True
+    assert content["draft_vocab_size"] == 100
+    tensors = load_file(tmp_path / "model.safetensors")
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    assert len(shapes) == PLAIN_TENSORS + 5
+    assert shapes["markov_head.markov_w1.weight"] == (260, 6)
+    assert shapes["markov_head.markov_w2.weight"] == (100, 6)
+    assert shapes["confidence_head.proj.weight"] == (1, 32 + 6)
+    assert shapes["confidence_head.proj.bias"] == (1,)
+    assert tensors["d2t"].dtype == torch.int64
+    assert (torch.arange(100) + tensors["d2t"]).tolist() == list(range(2, 202, 2))
+
+
+def test_windows_and_causality_are_written_where_servers_read_them(
+    target32: Target, tmp_path: Path
+):
+    save_checkpoint(tiny_drafter(target32, **VARIANTS["mixed"]), tmp_path / "mixed")
+    content = orjson.loads((tmp_path / "mixed" / "config.json").read_bytes())
+    assert content["layer_types"] == ["full_attention", "sliding_attention"]
+    assert content["use_sliding_window"] is True
+    assert content["sliding_window"] == 6
+    assert "is_causal" not in content
+    save_checkpoint(tiny_drafter(target32, **VARIANTS["causal"]), tmp_path / "causal")
+    content = orjson.loads((tmp_path / "causal" / "config.json").read_bytes())
+    assert content["is_causal"] is True
+    assert content["use_sliding_window"] is False
+    assert content["sliding_window"] is None
+    save_checkpoint(tiny_drafter(target32), tmp_path / "plain")
+    content = orjson.loads((tmp_path / "plain" / "config.json").read_bytes())
+    assert not {"is_causal", "draft_vocab_size", "markov_rank"} & content.keys()
+
+
+def test_a_draft_vocabulary_outside_the_targets_is_refused(target32: Target, tmp_path: Path):
+    save_checkpoint(tiny_drafter(target32, **VARIANTS["reduced"]), tmp_path)
+    weights = tmp_path / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["d2t"][-1] = 500
+    save_file(tensors, weights)
+    with pytest.raises(ValueError, match="draft_vocab_size"):
+        load_checkpoint(tmp_path)
 
 
 def test_missing_unknown_and_damaged_tensors_are_named(drafter: Drafter, tmp_path: Path):

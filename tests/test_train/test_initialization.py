@@ -1,12 +1,19 @@
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from dflash_train.config import DrafterSettings
 from dflash_train.drafter.config import DrafterConfig
 from dflash_train.drafter.initialization import initialize_from_target
 from dflash_train.drafter.model import Drafter
 from dflash_train.features.target import Target
-from dflash_train.testing import MASK_TOKEN_ID, assert_close, tiny_target
+from dflash_train.testing import (
+    MASK_TOKEN_ID,
+    assert_close,
+    tiny_drafter,
+    tiny_llama_config,
+    tiny_target,
+)
 
 
 @pytest.fixture
@@ -66,6 +73,27 @@ def test_query_norms_keep_the_size_of_the_targets_queries(target: Target) -> Non
     size = attention.get_submodule("q_proj")(rows).square().mean().sqrt()
     weight = attention.get_parameter("q_norm.weight")
     assert_close("size", weight, size.expand_as(weight), 0.05)
+
+
+def test_biases_are_copied_where_the_target_has_them() -> None:
+    target = tiny_target()
+    target_config = tiny_llama_config()
+    target_config.attention_bias = True
+    target.model = AutoModelForCausalLM.from_config(target_config)
+    source = target.model.get_decoder().get_submodule("layers.4.self_attn")
+    for head in ("q", "k", "v", "o"):
+        torch.nn.init.normal_(source.get_parameter(f"{head}_proj.bias"))
+    drafter = tiny_drafter(target, attention_bias=True)
+    initialize_from_target(drafter, target.model)
+    for head in ("q", "k", "v", "o"):
+        own = drafter.get_parameter(f"layers.0.self_attn.{head}_proj.bias")
+        assert torch.equal(own, source.get_parameter(f"{head}_proj.bias"))
+
+
+def test_layers_of_another_kind_are_refused() -> None:
+    target = tiny_target(family="gemma3")
+    with pytest.raises(ValueError, match=r"hidden_act.*drafter\.init=random"):
+        initialize_from_target(tiny_drafter(target), target.model)
 
 
 def test_another_width_is_refused_with_the_way_out(target: Target) -> None:

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -14,19 +16,17 @@ from dflash_train.drafter.attention import Blocks
 from dflash_train.drafter.model import Drafter, block_embeddings
 from dflash_train.features.store import FeatureRow
 from dflash_train.features.target import Target
-from dflash_train.testing import assert_close, tiny_drafter
+from dflash_train.testing import (
+    FAMILIES,
+    MASK_TOKEN_ID,
+    VARIANTS,
+    assert_close,
+    tiny_config,
+    tiny_drafter,
+    tiny_target,
+)
 
 NUM_SLOTS = 5
-
-
-@pytest.fixture
-def rows(target64: Target, answer_rows) -> list[FeatureRow]:
-    return answer_rows(target64, [6, 9], max_new_tokens=14)
-
-
-@pytest.fixture
-def drafter(target64: Target) -> Drafter:
-    return tiny_drafter(target64, block_size=NUM_SLOTS, dtype=torch.float64)
 
 
 def packed(rows: list[FeatureRow], anchors: list[list[int]]) -> tuple[Tensor, Blocks, Tensor]:
@@ -40,70 +40,6 @@ def packed(rows: list[FeatureRow], anchors: list[list[int]]) -> tuple[Tensor, Bl
     )
     ids = torch.cat([row.input_ids[at] for row, at in zip(rows, anchors, strict=True)])
     return torch.cat([row.features for row in rows]), blocks, ids
-
-
-def run(drafter: Drafter, target: Target, inputs: tuple[Tensor, Blocks, Tensor]) -> Tensor:
-    features, blocks, ids = inputs
-    embeddings = block_embeddings(target.head, ids, num_slots=NUM_SLOTS, config=drafter.config)
-    with torch.no_grad():
-        return drafter(embeddings, features, blocks)
-
-
-def test_training_forward_equals_the_cached_decode_steps(
-    drafter: Drafter, target64: Target, rows: list[FeatureRow]
-):
-    anchors = [[1, 2, 6, 11, 19], [9, 10, 15]]
-    trained = run(drafter, target64, packed(rows, anchors))
-    served = []
-    for row, at in zip(rows, anchors, strict=True):
-        cache = drafter.new_cache()
-        for position in at:
-            embeddings = block_embeddings(
-                target64.head, row.input_ids[[position]], num_slots=NUM_SLOTS, config=drafter.config
-            )
-            with torch.no_grad():
-                fresh = row.features[cache.length : position]
-                served.append(drafter.draft_step(embeddings[0], fresh, cache))
-            assert cache.length == position
-    assert_close("hidden", trained, torch.stack(served), 1e-10)
-    assert_close(
-        "logits",
-        drafter.logits(trained, target64.head),
-        drafter.logits(torch.stack(served), target64.head),
-        1e-10,
-    )
-
-
-def test_only_features_before_the_anchor_and_in_its_document_matter(
-    drafter: Drafter, target64: Target, rows: list[FeatureRow]
-):
-    anchor = 12
-    features, blocks, ids = packed(rows, [[anchor, 15], [11]])
-    before = run(drafter, target64, (features, blocks, ids))[0]
-
-    changed = features.clone()
-    changed[anchor:] *= -2.0  # the rest of the document, and the other document
-    assert torch.equal(run(drafter, target64, (changed, blocks, ids))[0], before)
-    other_ids = ids.clone()
-    other_ids[1:] = 77
-    assert torch.equal(run(drafter, target64, (features, blocks, other_ids))[0], before)
-
-    changed = features.clone()
-    changed[anchor - 1] += 0.1
-    after = run(drafter, target64, (changed, blocks, ids))[0]
-    assert (after != before).all(dim=-1).all(), "every slot must see the row before the anchor"
-
-
-def test_a_narrow_block_is_the_forward_pass_of_that_width(
-    drafter: Drafter, target64: Target, rows: list[FeatureRow]
-):
-    features, blocks, ids = packed(rows[:1], [[8]])
-    blocks.widths = torch.tensor([3])
-    narrow = run(drafter, target64, (features, blocks, ids))[0, :3]
-    embeddings = block_embeddings(target64.head, ids, num_slots=3, config=drafter.config)
-    with torch.no_grad():
-        served = drafter.draft_step(embeddings[0], features[:8], drafter.new_cache())
-    assert_close("hidden", narrow, served, 1e-10)
 
 
 def test_forward_and_gradients_equal_an_implementation_of_qwen3_modules(
@@ -170,3 +106,89 @@ def qwen3_block(
         normed = norm(f"{layer}.post_attention_layernorm", x)
         x = x + torch.func.functional_call(Qwen3MLP(config), mlp_weights, (normed,))
     return norm("norm", x)
+
+
+def test_embedding_scale_of_gemma_is_what_its_own_module_multiplies():
+    target = tiny_target(family="gemma3")
+    config = tiny_drafter(target, block_size=3).config
+    ids = torch.tensor([7, 90])
+    rows = block_embeddings(target.head, ids, num_slots=3, config=config)
+    own = target.model.get_input_embeddings()(
+        torch.tensor([[7, MASK_TOKEN_ID, MASK_TOKEN_ID], [90, MASK_TOKEN_ID, MASK_TOKEN_ID]])
+    )
+    assert_close("rows", rows, own, 1e-5)
+    for family in FAMILIES.keys() - {"gemma3"}:
+        assert tiny_drafter(tiny_target(family=family)).config.input_embedding_scale == 1.0
+    assert tiny_drafter(target, input_embedding_scale=1.0).config.input_embedding_scale == 1.0
+
+
+def test_rope_of_a_target_with_one_per_layer_type_is_that_of_its_full_layers():
+    target_config = tiny_config("gemma3")
+    theta = target_config.rope_parameters["full_attention"]["rope_theta"]
+    assert theta != target_config.rope_parameters["sliding_attention"]["rope_theta"]
+    config = tiny_drafter(tiny_target(family="gemma3")).config
+    assert config.rope_parameters == target_config.rope_parameters["full_attention"]
+
+
+def test_soft_cap_is_the_targets_unless_the_recipe_says_otherwise():
+    target = tiny_target(family="gemma3")
+    assert tiny_drafter(target).config.final_logit_softcapping is None
+    target.model.config.final_logit_softcapping = 30.0
+    assert tiny_drafter(target).config.final_logit_softcapping == 30.0
+    for wanted, got in ((5.0, 5.0), (0.0, None)):
+        drafter = tiny_drafter(target, final_logit_softcapping=wanted)
+        assert drafter.config.final_logit_softcapping == got
+
+
+def test_logits_are_multiplied_and_then_capped(target32: Target):
+    drafter = tiny_drafter(target32, output_multiplier=0.5, final_logit_softcapping=2.0)
+    hidden = torch.randn(3, 32)
+    raw = hidden @ target32.head.lm_head_weight.T
+    want = 2.0 * torch.tanh(raw * 0.5 / 2.0)
+    assert_close("logits", drafter.logits(hidden, target32.head), want, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"layer_types": ["sliding_attention"], "sliding_window": 4}, "layer_types"),
+        ({"layer_types": ["full_attention", "chunked"]}, "layer_types"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, r"sliding_window \(=None\)"),
+        ({"sliding_window": 4}, r"sliding_window \(=4\)"),
+        (VARIANTS["sliding_causal"] | {"sliding_window": 0}, r"sliding_window \(=0\)"),
+        ({"conv_kernel_size": 2}, "selector_rank"),
+        (VARIANTS["dflash2"] | {"conv_group_size": 7}, "conv_group_size"),
+        (VARIANTS["dflash2"] | {"selector_top_k": 999}, "selector_top_k"),
+        (VARIANTS["dflash2"] | {"markov_rank": 4}, "markov_rank"),
+        (VARIANTS["dflash2"] | {"draft_vocab_size": 9}, "draft_vocab_size"),
+        ({"markov_gated": True}, "markov_gated"),
+        ({"has_confidence_head": True}, "has_confidence_head"),
+        ({"draft_vocab_size": 260}, "draft_vocab_size"),
+    ],
+)
+def test_settings_that_make_no_drafter_are_refused(
+    target32: Target, settings: dict[str, Any], message: str
+):
+    with pytest.raises(ValueError, match=message):
+        tiny_drafter(target32, **settings)
+
+
+@pytest.mark.parametrize("ids", [[1, 2], [3, 2, 1], [1, 1, 2], [-1, 0, 1], [5, 6, 260]])
+def test_a_draft_vocabulary_must_ascend_inside_the_targets(target32: Target, ids: list[int]):
+    drafter = tiny_drafter(target32, draft_vocab_size=3)
+    with pytest.raises(ValueError, match="draft_vocab_size"):
+        drafter.set_draft_vocabulary(torch.tensor(ids))
+
+
+def test_a_reduced_vocabulary_drafts_the_best_of_its_own_ids(target32: Target):
+    drafter = tiny_drafter(target32, draft_vocab_size=3)
+    ids = torch.tensor([5, 77, 259])
+    drafter.set_draft_vocabulary(ids)
+    head = drafter.output_head(target32.head)
+    hidden = torch.randn(40, 32)
+    want = ids[(hidden @ target32.head.lm_head_weight.T)[:, ids].argmax(-1)]
+    assert torch.equal(drafter.choose(hidden, torch.zeros(40, dtype=torch.int64), head), want)
+    assert len(want.unique()) == 3
+    assert head.logits(hidden).shape == (40, 3)
+    plain = tiny_drafter(target32)
+    assert plain.output_head(target32.head) is target32.head

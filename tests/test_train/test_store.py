@@ -1,10 +1,12 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from dflash_train.features.store import FeatureRow, FeatureStore
+from dflash_train.features.store import FeatureRow, FeatureStore, write_shard
 from dflash_train.features.target import Target
+from dflash_train.features.teacher import top_tokens
 from dflash_train.records.manifest import Manifest
 
 
@@ -27,6 +29,37 @@ def test_rows_come_back_in_order_and_in_the_stored_dtype(rows, write_split, tmp_
         assert read.prompt_length == (5, 11, 7)[position]
         line = store.lines[position]
         assert (line.num_tokens, line.prompt_length) == (len(row.input_ids), read.prompt_length)
+
+
+def with_teacher(rows: list[FeatureRow], *, top_k: int) -> list[FeatureRow]:
+    answers = [top_tokens(torch.randn(int(row.loss_mask.sum()), 40), top_k) for row in rows]
+    return [
+        replace(row, teacher=answer.over_the_row(row.prompt_length))
+        for row, answer in zip(rows, answers, strict=True)
+    ]
+
+
+def test_the_teacher_comes_back_exactly_and_leaves_the_rest_as_it_is(
+    rows, write_split, tmp_path: Path
+):
+    kept = with_teacher(rows, top_k=3)
+    plain = write_split(tmp_path / "plain", rows)
+    store = write_split(tmp_path / "kept", kept)
+    for row, read, twin in zip(kept, store, plain, strict=True):
+        assert row.teacher is not None
+        assert read.teacher is not None
+        assert (read.teacher.ids.dtype, read.teacher.ids.shape[1]) == (torch.int32, 3)
+        assert torch.equal(read.teacher.ids, row.teacher.ids)
+        assert torch.equal(read.teacher.probabilities, row.teacher.probabilities)
+        assert twin.teacher is None
+        for name in ("input_ids", "loss_mask", "features"):
+            assert torch.equal(getattr(read, name), getattr(twin, name))
+
+
+def test_a_shard_never_mixes_rows_with_and_without_a_teacher(rows, tmp_path: Path):
+    mixed = [*with_teacher(rows[:1], top_k=2), rows[1]]
+    with pytest.raises(AssertionError, match="some rows of a shard carry a teacher"):
+        write_shard(tmp_path / "shard.safetensors", mixed, dtype=torch.float32)
 
 
 def test_rows_of_two_writes_have_the_same_bytes(rows, write_split, tmp_path: Path):

@@ -2,10 +2,11 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, GraniteConfig
 
 from dflash_train.config import TargetConfig
 from dflash_train.features.target import Target, TargetOutput, load_target
-from dflash_train.testing import assert_close, save_tiny_target
+from dflash_train.testing import assert_close, save_tiny_target, tiny_tokenizer
 
 PROMPTS = [[10, 20, 30], [40, 50, 60, 70, 80, 90, 100], [11, 12, 13, 14, 15], [200]]
 
@@ -70,6 +71,93 @@ def test_a_row_that_stops_leaves_the_batch_and_the_others_go_on(
         assert row.finish_reason == ("stop" if stop_id in ids else "length")
         assert len(row.features) == len(unstopped.features) - len(ids) + length
     assert len({len(row.output_ids) for row in rows}) > 1
+
+
+def gemma_target(soft_cap: float | None) -> Target:
+    """A tiny Gemma 3: scaled embedding, sliding layers, and a soft cap that matters."""
+    config = Gemma3TextConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=6, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, vocab_size=260, sliding_window=4, eos_token_id=2,
+        bos_token_id=1, pad_token_id=0, initializer_range=0.2, final_logit_softcapping=soft_cap,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return Target(model, tiny_tokenizer(), [1, 3], name="tiny-gemma", revision="seed-0")
+
+
+def test_the_column_changes_neither_tokens_nor_features(target32: Target):
+    plain = target32.generate_batch(PROMPTS, max_new_tokens=12)
+    kept = target32.generate_batch(PROMPTS, max_new_tokens=12, teacher_top_k=4)
+    rows = [[*prompt, *row.output_ids] for prompt, row in zip(PROMPTS, plain, strict=True)]
+    lengths = [len(prompt) for prompt in PROMPTS]
+    without = target32.read_answers(rows, prompt_lengths=lengths, teacher_top_k=0)
+    beside = target32.read_answers(rows, prompt_lengths=lengths, teacher_top_k=4)
+    for row, twin in zip(plain, kept, strict=True):
+        assert row.output_ids == twin.output_ids
+        assert (row.teacher is None, twin.teacher is None) == (True, False)
+    for row, twin in zip([*plain, *without], [*kept, *beside], strict=True):
+        assert torch.equal(row.features, twin.features)
+        assert row.teacher is None
+
+
+@pytest.mark.parametrize("top_k", [1, 5, 260])
+def test_the_first_kept_token_is_the_one_that_the_target_wrote_next(target32: Target, top_k: int):
+    answers = target32.generate_batch(PROMPTS, max_new_tokens=12, teacher_top_k=top_k)
+    for prompt, row in zip(PROMPTS, answers, strict=True):
+        assert row.teacher is not None
+        first, last = len(prompt) - 1, len(prompt) + len(row.output_ids) - 1
+        assert row.teacher.ids[first:last, 0].tolist() == row.output_ids
+        assert row.teacher.probabilities[first:last, 0].min() > 1 / 260
+        assert not row.teacher.probabilities[:first].any()
+        assert not row.teacher.probabilities[last:].any()
+        assert len(row.teacher.ids) == len(row.features) == last + 1
+
+
+@pytest.mark.parametrize("soft_cap", [None, 2.0])
+def test_both_ways_keep_the_targets_own_capped_distribution(soft_cap: float | None):
+    target = gemma_target(soft_cap)
+    answers = target.generate_batch(PROMPTS, max_new_tokens=8, teacher_top_k=260)
+    rows = [[*prompt, *row.output_ids] for prompt, row in zip(PROMPTS, answers, strict=True)]
+    lengths = [len(prompt) for prompt in PROMPTS]
+    forced = target.read_answers(rows, prompt_lengths=lengths, teacher_top_k=260)
+    for ids, length, row, read in zip(rows, lengths, answers, forced, strict=True):
+        span = slice(length - 1, len(ids) - 1)
+        logits = target.model(input_ids=torch.tensor([ids])).logits[0, span]
+        assert soft_cap is None or 0.5 * soft_cap < float(logits.abs().max()) <= soft_cap
+        for teacher in (row.teacher, read.teacher):
+            assert teacher is not None
+            dense = torch.zeros_like(logits)
+            dense.scatter_(-1, teacher.ids[span].long(), teacher.probabilities[span])
+            assert_close("distribution", dense, logits.softmax(-1), 1e-5)
+            assert not teacher.probabilities[: length - 1].any()
+            assert not teacher.probabilities[-1].any()
+
+
+def test_many_answer_tokens_are_read_in_chunks(target32: Target, monkeypatch: pytest.MonkeyPatch):
+    rows = [[*prompt, *range(20, 40)] for prompt in PROMPTS]
+    lengths = [len(prompt) for prompt in PROMPTS]
+    whole = target32.read_answers(rows, prompt_lengths=lengths, teacher_top_k=3)
+    monkeypatch.setattr("dflash_train.features.target._LOGIT_ROWS", 7)
+    chunked = target32.read_answers(rows, prompt_lengths=lengths, teacher_top_k=3)
+    for one, other in zip(whole, chunked, strict=True):
+        assert one.teacher is not None
+        assert other.teacher is not None
+        assert torch.equal(one.teacher.ids, other.teacher.ids)
+        assert_close("mass", other.teacher.probabilities, one.teacher.probabilities, 1e-5)
+
+
+def test_a_target_that_scales_its_logits_is_refused_where_they_are_computed_apart():
+    config = GraniteConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=6, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=260, logits_scaling=8.0, bos_token_id=1, eos_token_id=2,
+        pad_token_id=0,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    target = Target(model, tiny_tokenizer(), [1, 3], name="tiny-granite", revision="x")
+    (answer,) = target.generate_batch(PROMPTS[:1], max_new_tokens=3, teacher_top_k=2)
+    assert answer.teacher is not None
+    with pytest.raises(ValueError, match=r"data\.teacher_top_k \(=2\) .* \(=tiny-granite\)"):
+        target.read_answers([[4, 5, 6]], prompt_lengths=[1], teacher_top_k=2)
 
 
 def test_a_target_loads_from_a_folder_and_describes_itself(tmp_path, target32: Target):
