@@ -1,7 +1,8 @@
 """`dflash-train <verb> recipe=<name> key=value ...`: compose, validate, hand over to the stages.
 
-Progress goes to stderr; the output folder is the last line of stdout. Exit codes: 0 done, 1 a
-check failed, 2 the user can fix it, 130 interrupted with the work so far kept.
+Progress goes to stderr; the output folder is the last line of stdout, `doctor` prints its findings
+there. Exit codes: 0 done, 1 a check failed, 2 the user can fix it, 130 interrupted with the work so
+far kept.
 """
 
 import argparse
@@ -12,7 +13,8 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from dflash_train import stages
-from dflash_train.config import UnavailableError, compose, require, to_plain
+from dflash_train.config import RecipeConfig, UnavailableError, compose, require, to_plain
+from dflash_train.release.finding import Status
 
 VERBS = {
     "run": "walk all stages of a recipe: traffic log to report",
@@ -22,6 +24,7 @@ VERBS = {
     "train": "features -> drafter",
     "evaluate": "drafter + held-out answers -> traces",
     "report": "traces -> report.json, report.md, report.html",
+    "doctor": "check a drafter against its target: checkpoint=DIR target.name_or_path=NAME",
     "sample-traffic": "play a simulated fleet of clients: out=FILE [seed=0] [requests=600]",
 }
 
@@ -67,6 +70,8 @@ def _run_verb(parsed: argparse.Namespace) -> int:
     if parsed.print_recipe:
         print(OmegaConf.to_yaml(OmegaConf.create(to_plain(config))), end="")
         return 0
+    if parsed.verb == "doctor":
+        return _examine(config)
     if parsed.verb == "run":
         stages.run(config, force=parsed.force)
         folder = config.run_dir / "report"
@@ -78,6 +83,16 @@ def _run_verb(parsed: argparse.Namespace) -> int:
     if os.environ.get("RANK", "0") == "0":  # one line, however many processes there are
         print(folder)
     return 0
+
+
+def _examine(config: RecipeConfig) -> int:
+    """Print the doctor's findings, one a line; 1 if a check failed."""
+    findings = stages.examine_checkpoint(config)
+    for finding in findings:
+        print(finding)
+    num_failed = sum(finding.status is Status.failed for finding in findings)
+    print(f"{num_failed} of {len(findings)} checks failed")
+    return 1 if num_failed else 0
 
 
 def _play_fleet(overrides: list[str]) -> int:

@@ -36,8 +36,10 @@ from dflash_train.records.manifest import (
     write_bytes,
 )
 from dflash_train.records.provenance import code_version, command_line, package_versions
+from dflash_train.release.doctor import examine
+from dflash_train.release.finding import Finding
 from dflash_train.training.accelerator import Accelerator, build_accelerator
-from dflash_train.training.trainer import train
+from dflash_train.training.stage import train
 
 KEY_NAME = "stage.key"
 
@@ -145,6 +147,7 @@ def _train(workshop: Workshop, manifest: Manifest) -> None:
             head=workshop.target.head,
             drafter=workshop.new_drafter(),
             manifest=manifest,
+            stop_token_ids=sorted(workshop.target.stop_token_ids),
         )
     finally:
         workshop.accelerator.end_training()  # gloo aborts a process that leaves without it
@@ -194,7 +197,13 @@ def _checkpoint_input(workshop: Workshop) -> dict[str, str]:
 
 
 _TAPS = ("target", "drafter.num_taps", "drafter.target_layer_ids")
-_COLLECTED = (*_TAPS, "data.max_prompt_tokens", "data.batch_size", "data.features_dtype")
+_COLLECTED = (
+    *_TAPS,
+    "data.max_prompt_tokens",
+    "data.batch_size",
+    "data.features_dtype",
+    "data.teacher_top_k",
+)
 
 SAMPLE_TRAFFIC = Stage(
     name="sample-traffic",
@@ -236,7 +245,7 @@ STAGES = (
     Stage(
         name="train",
         folder="checkpoint",
-        settings=("seed", "target", "drafter", "training", "optim", "launch"),
+        settings=("seed", "target", "drafter", "training", "loss", "optim", "launch"),
         upstream=("collect",),
         execute=_train,
         leavings=("state", "metrics.jsonl"),
@@ -293,6 +302,20 @@ def play_fleet(out: Path, *, seed: int, num_requests: int) -> dict[str, int]:
     from dflash_data.sample_traffic import write_sample_traffic
 
     return write_sample_traffic(out, seed=seed, num_requests=num_requests)
+
+
+def examine_checkpoint(config: RecipeConfig) -> list[Finding]:
+    """Check a drafter, the recipe's or the best one of its run, against the recipe's target.
+
+    Raises:
+        ValueError: There is no such folder, or the target cannot be loaded.
+    """
+    folder = Workshop(config).checkpoint
+    require(
+        folder.is_dir(),
+        f"checkpoint (={folder}) is not a folder. Give checkpoint=DIR with config.json in it.",
+    )
+    return examine(folder, load_target(config.target, []))
 
 
 def summary(config: RecipeConfig) -> list[str]:

@@ -29,6 +29,7 @@ PACKAGES = {
 THIRD_PARTY = {
     "accelerate": (
         "dflash_train.training.accelerator",
+        "dflash_train.training.stage",
         "dflash_train.training.trainer",
         "dflash_train.training.state",
     ),

@@ -56,7 +56,7 @@ def test_a_target_chosen_by_the_user_wins_over_the_recipe() -> None:
 
 def test_qwen3_is_the_paper() -> None:
     config = compose(["recipe=qwen3"], str(RECIPES))
-    assert (config.drafter.block_size, config.training.decay_gamma) == (16, 7.0)
+    assert (config.drafter.block_size, config.loss.decay_gamma) == (16, 7.0)
     assert (config.training.num_anchors, config.optim.lr) == (512, 6e-4)
     assert config.data.max_prompt_tokens + config.data.max_new_tokens == 3072
 

@@ -1,151 +1,80 @@
-"""The loss: cross entropy of labelled slots with position decay, head and softmax in one sweep.
+"""The loss of a micro-batch: a weighted sum of terms over labelled slots.
 
-`loss = sum(m * w * ce) / Z` with m the label mask, w_k = exp(-(k - 1) / gamma) and Z = sum(m * w)
-over the whole optimiser step (arXiv 2602.06036, Eq. 4). Q*V logits would be the largest tensor of
-the run, so the frozen head is applied to a few slots at a time, and their gradient is taken before
-the logits are overwritten. Legend: A blocks, K slots, S labelled slots, E hidden size, V
-vocabulary.
+`loss = sum(m * w * l) / Z` with m the label mask, l a slot's terms (`LossConfig`) and, over the
+whole optimiser step, Z = sum(m * w) for exponential weights (arXiv 2602.06036, Eq. 4) and sum(m)
+for D-PACE (arXiv 2605.18810) and none. Slots without a label never meet the head. What the drafter
+has beside its trunk is trained along: the candidate selector (DFlash 2) by cross entropy over its
+candidates, the Markov table inside the logits, the confidence head by binary cross entropy (DSpark,
+arXiv 2607.05147). Legend: A blocks, K slots, S labelled slots, C candidates, k ids of a teacher,
+E hidden size, V vocabulary.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
-from torch.nn import functional
 
+from dflash_train.config import LossConfig, Weighting
 from dflash_train.drafter.config import DrafterConfig
+from dflash_train.drafter.model import Drafter
 from dflash_train.features.target import FrozenHead
 from dflash_train.training.batching import TrainingBatch
+from dflash_train.training.head_sweep import (
+    HeadSettings,
+    SlotTargets,
+    SlotTerms,
+    sweep_head,
+    sweep_with_bias,
+)
 from dflash_train.training.metrics import TrainingCounts
+from dflash_train.training.variant_losses import confidence_loss, selector_terms
 
 
-def position_weights(block_size: int, gamma: float) -> Tensor:
-    """Give `[K]` float64 weights: 0 for the anchor's slot, exp(-(k - 1) / gamma) for slot k."""
-    weights_K = torch.exp(-(torch.arange(block_size, dtype=torch.float64) - 1) / gamma)
-    weights_K[0] = 0.0
-    return weights_K
+def default_gamma(num_drafts: int) -> float:
+    """Give the decay for blocks of this many drafts: 4 for 7, 5 for 9, 7 for 15.
+
+    These are the published values for K = 8, 10 and 16 (DSpark's 7 drafts: 4); the lines between
+    them go on beyond both ends.
+    """
+    return min((num_drafts + 1) / 2, 5 + (num_drafts - 9) / 3)
 
 
-@dataclass(kw_only=True)
-class HeadLoss:
-    """Cross entropy of single slots."""
-
-    ce: Tensor
-    """`[S]` in nats, float32 or wider."""
-    is_correct: Tensor
-    """`[S]` bool, the argmax is the label."""
-
-
-def head_cross_entropy(
-    hidden_SE: Tensor, head: FrozenHead, labels_S: Tensor, *, config: DrafterConfig, chunk: int
-) -> HeadLoss:
-    """Give each slot's cross entropy without ever holding more than `chunk` slots' logits.
+def position_weights(block_size: int, gamma: float | None, *, first_slot: int = 1) -> Tensor:
+    """Give `[K]` float64 weights of slots: 0 before the first one that predicts.
 
     Args:
-        hidden_SE: `[S, E]` hidden states of labelled slots.
-        head: The target's LM head, frozen.
-        labels_S: `[S]` int64.
-        config: Output multiplier and soft cap.
-        chunk: Slots whose logits exist at once.
+        block_size: K.
+        gamma: From `first_slot` on exp(-(k - first_slot) / gamma); None weighs all alike.
+        first_slot: 1, or 0 where labels are shifted.
     """
-    shape = (config.output_multiplier, config.final_logit_softcapping)
-    ce, is_correct = HeadCrossEntropy.apply(hidden_SE, head.lm_head_weight, labels_S, shape, chunk)
-    return HeadLoss(ce=ce, is_correct=is_correct)
+    steps_K = torch.arange(block_size, dtype=torch.float64) - first_slot
+    weights_K = torch.ones_like(steps_K) if gamma is None else torch.exp(-steps_K / gamma)
+    return torch.where(steps_K < 0, 0.0, weights_K)
 
 
-class HeadCrossEntropy(torch.autograd.Function):
-    """Head, logit shaping and cross entropy; the gradient per slot comes out of the same sweep."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_SE: Tensor,
-        lm_head_weight: Tensor,
-        labels_S: Tensor,
-        shape: tuple[float, float | None],
-        chunk: int,
-    ) -> tuple[Tensor, Tensor]:
-        """Give `ce [S]` and `is_correct [S]` and keep d ce / d hidden, unweighted, `[S, E]`."""
-        wants_grad = ctx.needs_input_grad[0]
-        chunks = [
-            _sweep_chunk(part, lm_head_weight, labels, shape=shape, wants_grad=wants_grad)
-            for part, labels in zip(hidden_SE.split(chunk), labels_S.split(chunk), strict=True)
-        ]
-        is_correct = torch.cat([part.is_correct for part in chunks])
-        ctx.mark_non_differentiable(is_correct)
-        if wants_grad:
-            ctx.save_for_backward(torch.cat([part.grad for part in chunks]).to(hidden_SE.dtype))
-        return torch.cat([part.ce for part in chunks]), is_correct
-
-    @staticmethod
-    @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] the decorator hides names
-        ctx: Any, *grads: Tensor
-    ) -> tuple[Tensor, None, None, None, None]:
-        """Scale each slot's gradient by what the loss asks of it."""
-        (grad_hidden_SE,) = ctx.saved_tensors
-        weighted = grad_hidden_SE * grads[0][:, None].to(grad_hidden_SE.dtype)
-        return weighted, None, None, None, None
+def fixed_weights(loss: LossConfig, drafter: DrafterConfig) -> Tensor:
+    """Give `[K]` float64, the weights that are known before the forward and make up Z."""
+    gamma = None
+    if loss.weighting is Weighting.decay:
+        gamma = loss.decay_gamma or default_gamma(drafter.num_drafts)
+    return position_weights(drafter.block_size, gamma, first_slot=drafter.first_slot)
 
 
-@dataclass(kw_only=True)
-class _SweptChunk:
-    ce: Tensor
-    is_correct: Tensor
-    grad: Tensor
+def dpace_weights(ce_AK: Tensor, mask_AK: Tensor, *, alpha: float) -> Tensor:
+    """Give D-PACE's weights (arXiv 2605.18810), `[A, K]`, without gradient.
 
+    u_k = (1 - alpha) q_k + alpha with q_k = exp(-ce), 1 where the mask is False; P_k the product of
+    u up to k; w_k = m_k times the sum of m_i P_i over i >= k. That is the number of drafts from k
+    on that the drafter may expect to be accepted.
 
-def _sweep_chunk(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    *,
-    shape: tuple[float, float | None],
-    wants_grad: bool,
-) -> _SweptChunk:
-    multiplier, cap = shape
-    logits = hidden.to(weight.dtype) @ weight.T  # [c, V]
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if multiplier != 1.0:
-        logits *= multiplier
-    if cap is not None:
-        logits.div_(cap).tanh_().mul_(cap)
-    slope = 1 - (logits / cap).square() if cap is not None else None  # d capped / d uncapped
-
-    label_logits = logits.gather(1, labels[:, None])
-    top = logits.max(dim=1, keepdim=True)
-    is_correct = top.indices.squeeze(1) == labels
-    exponentials = logits.sub_(top.values).exp_()
-    total = exponentials.sum(dim=1, keepdim=True)
-    ce = (total.log() + top.values - label_logits).squeeze(1)
-    if not wants_grad:
-        return _SweptChunk(ce=ce, is_correct=is_correct, grad=hidden)
-
-    # softmax - onehot, then the head: the division by `total` and the one-hot row are applied to
-    # `[c, E]` rows afterwards, which spares two passes over `[c, V]`.
-    label_rows = weight[labels].to(ce.dtype)
-    if slope is not None:
-        exponentials *= slope
-        label_rows *= slope.gather(1, labels[:, None])
-    expected_rows = (exponentials.to(weight.dtype) @ weight).to(ce.dtype) / total
-    return _SweptChunk(ce=ce, is_correct=is_correct, grad=multiplier * (expected_rows - label_rows))
-
-
-def head_cross_entropy_reference(
-    hidden_SE: Tensor, head: FrozenHead, labels_S: Tensor, *, config: DrafterConfig
-) -> HeadLoss:
-    """Give the same with all logits at once and autograd: the definition, for tests."""
-    logits_SV = head.logits(hidden_SE.to(head.lm_head_weight.dtype)) * config.output_multiplier
-    logits_SV = logits_SV.to(torch.promote_types(logits_SV.dtype, torch.float32))
-    cap = config.final_logit_softcapping
-    if cap is not None:
-        logits_SV = cap * torch.tanh(logits_SV / cap)
-    return HeadLoss(
-        ce=functional.cross_entropy(logits_SV, labels_S, reduction="none"),
-        is_correct=logits_SV.argmax(dim=1) == labels_S,
-    )
+    Args:
+        ce_AK: Cross entropy of each slot, any value where the mask is False.
+        mask_AK: The label mask.
+        alpha: Floor of a slot's assumed acceptance.
+    """
+    q_AK = torch.exp(-ce_AK.detach())
+    survival_AK = torch.where(mask_AK, (1 - alpha) * q_AK + alpha, 1.0).cumprod(dim=1) * mask_AK
+    return survival_AK.flip(1).cumsum(dim=1).flip(1) * mask_AK
 
 
 @dataclass(kw_only=True)
@@ -153,8 +82,22 @@ class LossTerms:
     """What one micro-batch adds to the loss and to the books."""
 
     loss_sum: Tensor
-    """Scalar sum(m * w * ce) with its graph; the caller divides by the step's Z."""
+    """Scalar sum(m * w * l) with its graph; the caller divides by the step's Z."""
     counts: TrainingCounts
+
+
+@dataclass(kw_only=True)
+class LossSettings:
+    """How hidden states become a loss; the same for all micro-batches of an optimiser step."""
+
+    loss: LossConfig
+    slot_weights: Tensor
+    """`[K]` from `fixed_weights`."""
+    chunk: int
+    """Slots whose logits exist at once."""
+    log_weights: Tensor | None = None
+    """`[rows of the head]`, log of how many ids each row stands for; None where all stand for
+    one."""
 
 
 def block_loss(
@@ -162,41 +105,124 @@ def block_loss(
     batch: TrainingBatch,
     head: FrozenHead,
     *,
-    config: DrafterConfig,
-    weights_K: Tensor,
-    chunk: int,
+    drafter: Drafter,
+    settings: LossSettings,
 ) -> LossTerms:
-    """Sum the weighted cross entropy of a micro-batch and count its correct slots.
+    """Sum the weighted terms of a micro-batch and count its correct slots.
 
     Args:
         hidden_AKE: `[A, K, E]` from the drafter.
-        batch: Labels and their mask.
-        head: The target's LM head, frozen.
-        config: Output multiplier and soft cap.
-        weights_K: `[K]` from `position_weights`, on the batch's device.
-        chunk: Slots whose logits exist at once.
+        batch: Labels and their mask, on the same device.
+        head: Rows that the softmax runs over: `drafter.output_head(...)`, or a sample of it. A
+            slot is counted as correct among these rows.
+        drafter: Shapes the logits; its heads are trained along.
+        settings: Terms and weights.
     """
     mask_AK = batch.label_mask
-    labelled = mask_AK.flatten().nonzero().squeeze(1)
-    slots = head_cross_entropy(
-        hidden_AKE.flatten(0, 1).index_select(0, labelled),
-        head,
-        batch.labels[mask_AK],
-        config=config,
-        chunk=chunk,
+    hidden_SE = hidden_AKE.flatten(0, 1)[mask_AK.flatten()]
+    slots = _slot_terms(hidden_SE, batch, head, drafter=drafter, settings=settings)
+    weights_AK = settings.slot_weights.to(slots.ce).expand_as(mask_AK)
+    if settings.loss.weighting is Weighting.dpace:
+        ce_AK = torch.zeros_like(weights_AK).masked_scatter(mask_AK, slots.ce)
+        weights_AK = dpace_weights(ce_AK, mask_AK, alpha=settings.loss.dpace_alpha)
+    loss_sum = (weights_AK[mask_AK] * slots.loss).sum()
+    first_slot = drafter.config.first_slot
+    counts = _count(batch, slots, loss_sum, first_slot=first_slot, weights_K=settings.slot_weights)
+    return LossTerms(loss_sum=loss_sum, counts=counts)
+
+
+def head_rows(head: FrozenHead, ids: Tensor) -> Tensor:
+    """Turn ids of the target's vocabulary into rows of the head, -1 where it has none."""
+    known = head.draft_token_ids
+    if known is None:
+        return ids
+    rows = torch.searchsorted(known, ids).clamp(max=len(known) - 1)
+    return torch.where(known[rows] == ids, rows, -1)
+
+
+def _slot_terms(
+    hidden_SE: Tensor,
+    batch: TrainingBatch,
+    head: FrozenHead,
+    *,
+    drafter: Drafter,
+    settings: LossSettings,
+) -> SlotTerms:
+    """Give all terms of the labelled slots, those of the drafter's heads included."""
+    loss, previous_S = settings.loss, batch.previous_ids[batch.label_mask]
+    targets = _slot_targets(batch, head)
+    slots = _sweep(hidden_SE, previous_S, targets, head, drafter=drafter, settings=settings)
+    if drafter.candidate_selector is not None:
+        selector = selector_terms(
+            drafter,
+            head,
+            hidden_SE,
+            previous_S=previous_S,
+            labels_S=targets.labels,
+            candidates_SC=slots.candidates,
+        )
+        total = slots.loss + loss.selector * selector.loss
+        slots = replace(slots, loss=total, is_correct=selector.is_correct)
+    if drafter.confidence_head is not None:
+        # Without a teacher a draft counts as accepted where it is the token that was written.
+        accepted_S = slots.is_correct if batch.teacher is None else slots.overlap
+        confidence = confidence_loss(
+            drafter, hidden_SE, previous_S=previous_S, accepted_S=accepted_S
+        )
+        slots = replace(slots, loss=slots.loss + loss.confidence * confidence)
+    return slots
+
+
+def _slot_targets(batch: TrainingBatch, head: FrozenHead) -> SlotTargets:
+    """Give labels and teacher in rows of the head; mass on ids that it lacks goes to the rest."""
+    labels_S = head_rows(head, batch.labels[batch.label_mask])
+    if batch.teacher is None:
+        ids_Sk = labels_S.new_zeros((len(labels_S), 0))
+        return SlotTargets(labels=labels_S, teacher_ids=ids_Sk, teacher_p=ids_Sk.float())
+    ids_Sk = head_rows(head, batch.teacher.ids[batch.label_mask].long())
+    p_Sk = batch.teacher.probabilities[batch.label_mask] * (ids_Sk >= 0)
+    return SlotTargets(labels=labels_S, teacher_ids=ids_Sk, teacher_p=p_Sk)
+
+
+def _sweep(
+    hidden_SE: Tensor,
+    previous_S: Tensor,
+    targets: SlotTargets,
+    head: FrozenHead,
+    *,
+    drafter: Drafter,
+    settings: LossSettings,
+) -> SlotTerms:
+    sweep = HeadSettings(
+        weight=head.lm_head_weight,
+        loss=settings.loss,
+        multiplier=drafter.config.output_multiplier,
+        cap=drafter.config.final_logit_softcapping,
+        log_weights=settings.log_weights,
+        num_candidates=drafter.config.selector_top_k or 0,
+        chunk=settings.chunk,
     )
-    weights_S = weights_K.to(slots.ce.dtype).expand_as(mask_AK)[mask_AK]
-    loss_sum = (weights_S * slots.ce).sum()
-    correct_AK = torch.zeros_like(mask_AK)
-    correct_AK[mask_AK] = slots.is_correct
-    joint_AK = (correct_AK[:, 1:].cumprod(dim=1)).bool()
-    counts = TrainingCounts(
+    if drafter.markov_head is None:
+        return sweep_head(hidden_SE, targets, sweep)
+    latents_Sr = drafter.markov_head.latents(hidden_SE, previous_S)
+    return sweep_with_bias(
+        hidden_SE, latents_Sr, drafter.markov_head.markov_w2.weight, targets=targets, head=sweep
+    )
+
+
+def _count(
+    batch: TrainingBatch, slots: SlotTerms, loss_sum: Tensor, *, first_slot: int, weights_K: Tensor
+) -> TrainingCounts:
+    mask_AK = batch.label_mask
+    correct_AK = torch.zeros_like(mask_AK).masked_scatter(mask_AK, slots.is_correct)
+    correct_AD, mask_AD = correct_AK[:, first_slot:], mask_AK[:, first_slot:]
+    return TrainingCounts(
         loss_sum=loss_sum.item(),
         weight_sum=batch.weight_sum(weights_K).item(),
+        ce_sum=slots.ce.sum().item(),
         num_tokens=batch.num_tokens,
         num_blocks=len(mask_AK),
-        slot_labels=mask_AK.sum(0).tolist(),
-        slot_correct=correct_AK.sum(0).tolist(),
-        slot_joint=[0, *joint_AK.sum(0).tolist()],
+        slot_labels=mask_AD.sum(0).tolist(),
+        slot_correct=correct_AD.sum(0).tolist(),
+        slot_joint=correct_AD.cumprod(dim=1).sum(0).tolist(),
     )
-    return LossTerms(loss_sum=loss_sum, counts=counts)

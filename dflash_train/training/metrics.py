@@ -12,38 +12,47 @@ from torch import Tensor
 
 @dataclass(kw_only=True)
 class TrainingCounts:
-    """Sums over the blocks of some optimiser steps; K slots of a block."""
+    """Sums over the blocks of some optimiser steps.
+
+    Slots are those that predict, D a block: 1 to K - 1, or 0 to K - 1 where labels are shifted.
+    Where training runs over a part of the vocabulary (`training.head_sample`), a slot is correct
+    among that part.
+    """
 
     loss_sum: float
-    """sum(mask * weight * cross entropy)."""
+    """sum(mask * weight * loss)."""
     weight_sum: float
-    """sum(mask * weight), the denominator of the loss."""
+    """The denominator of the loss: sum(mask * weight), or sum(mask) under D-PACE."""
+    ce_sum: float
+    """sum(mask * cross entropy) in nats, whatever the loss."""
     num_tokens: int
     num_blocks: int
     slot_labels: list[int]
-    """`[K]`, slots with a label."""
+    """`[D]`, slots with a label."""
     slot_correct: list[int]
-    """`[K]`, slots whose argmax is the label, whatever the slots before them gave."""
+    """`[D]`, slots whose draft is the label, given the true token before it and whatever the slots
+    before it gave."""
     slot_joint: list[int]
-    """`[K]`, slots that are correct together with all slots before them."""
+    """`[D]`, slots that are correct together with all slots before them."""
 
     @classmethod
-    def zeros(cls, block_size: int) -> "TrainingCounts":
-        """Give the counts of no block."""
-        return cls.from_tensor(torch.zeros(4 + 3 * block_size, dtype=torch.float64))
+    def zeros(cls, num_drafts: int) -> "TrainingCounts":
+        """Give the counts of no block of D slots."""
+        return cls.from_tensor(torch.zeros(5 + 3 * num_drafts, dtype=torch.float64))
 
     @classmethod
     def from_tensor(cls, values: Tensor) -> "TrainingCounts":
         """Read counts back from `to_tensor`."""
-        loss_sum, weight_sum, num_tokens, num_blocks, *slots = values.tolist()
-        block_size = len(slots) // 3
+        loss_sum, weight_sum, ce_sum, num_tokens, num_blocks, *slots = values.tolist()
+        num_drafts = len(slots) // 3
         labels, correct, joint = (
-            [int(count) for count in slots[first : first + block_size]]
-            for first in range(0, len(slots), block_size)
+            [int(count) for count in slots[first : first + num_drafts]]
+            for first in range(0, len(slots), num_drafts)
         )
         return cls(
             loss_sum=loss_sum,
             weight_sum=weight_sum,
+            ce_sum=ce_sum,
             num_tokens=int(num_tokens),
             num_blocks=int(num_blocks),
             slot_labels=labels,
@@ -53,7 +62,7 @@ class TrainingCounts:
 
     def to_tensor(self) -> Tensor:
         """Give all counts as one float64 vector, exact up to 2**53, for one all-reduce."""
-        sums = [self.loss_sum, self.weight_sum, self.num_tokens, self.num_blocks]
+        sums = [self.loss_sum, self.weight_sum, self.ce_sum, self.num_tokens, self.num_blocks]
         slots = [*self.slot_labels, *self.slot_correct, *self.slot_joint]
         return torch.tensor([*sums, *slots], dtype=torch.float64)
 
@@ -63,18 +72,23 @@ class TrainingCounts:
 
     @property
     def loss(self) -> float:
-        """Weighted mean cross entropy in nats."""
+        """The loss that the optimiser saw, averaged over steps by their denominators."""
         return self.loss_sum / self.weight_sum
 
     @property
+    def cross_entropy(self) -> float:
+        """Mean cross entropy of all labelled slots in nats, comparable between losses."""
+        return self.ce_sum / sum(self.slot_labels)
+
+    @property
     def slot_accuracy(self) -> list[float | None]:
-        """Share of correct slots, slot 1 to K - 1; None where no slot had a label."""
-        return _shares(self.slot_correct[1:], self.slot_labels[1:])
+        """`[D]`, share of correct slots; None where no slot had a label."""
+        return _shares(self.slot_correct, self.slot_labels)
 
     @property
     def joint_accuracy(self) -> list[float | None]:
-        """Share of slots correct together with all before them, slot 1 to K - 1."""
-        return _shares(self.slot_joint[1:], self.slot_labels[1:])
+        """`[D]`, share of slots correct together with all before them."""
+        return _shares(self.slot_joint, self.slot_labels)
 
 
 @dataclass(kw_only=True)

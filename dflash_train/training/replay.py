@@ -2,9 +2,18 @@
 
 Greedy verification depends on the target's output only, so a stored answer tells at every start
 which drafts would have been kept. All starts are evaluated in parallel as training blocks, then the
-chain is walked from the first. The head is applied slot by slot, and only to blocks whose earlier
-slots were right: what stands behind a rejected draft does not matter, and at an acceptance length
-of 1.5 this is a fifth of the logits. Legend: A blocks, K slots, E hidden size, V vocabulary.
+chain is walked from the first. Drafts are chosen slot by slot, and only for blocks whose earlier
+drafts were right: what stands behind a rejected draft does not matter, and at an acceptance length
+of 1.5 this is a fifth of the logits. It also makes replay exact for drafters whose choice depends
+on the token before (DFlash 2, DSpark): in a block still open that token is the stored one.
+
+One rule counts the drafts of every kind of drafter. A step at `start` drafts
+`n = min(num_drafts, max_length - start - 1)` tokens, reads them from the last n slots of a block of
+`first_slot + n` slots, and verifies `n + 1` tokens: the anchor and the drafts. Plain DFlash has
+first_slot 1 and num_drafts K - 1, so a step has as many slots as verified tokens; DSpark's layout
+is shifted, first_slot 0 and num_drafts K, so it has one slot fewer.
+
+Legend: A blocks, K slots, D = num_drafts, E hidden size, V vocabulary.
 """
 
 from collections.abc import Iterable, Iterator
@@ -33,7 +42,10 @@ class ReplayTrace:
     num_accepted: list[int]
     """Drafted tokens kept by each step; drafts past the stored answer's end count as rejected."""
     widths: list[int]
-    """Slots of each step's block: K, fewer near the budget."""
+    """Tokens each step verifies, the anchor and its drafts: num_drafts + 1, fewer near the budget.
+
+    It is the ceiling of the step's acceptance length.
+    """
     end: int
     """Position of the answer's last token."""
 
@@ -79,14 +91,14 @@ def replay_rows(drafter: Drafter, head: FrozenHead, rows: list[FeatureRow]) -> l
         head: The target's embedding table and LM head, on the same device.
         rows: Answered calls whose tokens the target wrote.
     """
+    output_head = drafter.output_head(head)
     accepted: list[list[int]] = [[] for _ in rows]
     for pack in _pack_pieces(rows):
-        counts = _evaluate(drafter, head, pack)
+        counts = _evaluate(drafter, output_head, pack)
         for piece, part in zip(pack, counts.split([p.stop - p.first for p in pack]), strict=True):
             accepted[piece.index].extend(part.tolist())
-    block_size = drafter.config.block_size
     return [
-        _walk_chain(row, counts, block_size=block_size)
+        _walk_chain(row, counts, num_drafts=drafter.config.num_drafts)
         for row, counts in zip(rows, accepted, strict=True)
     ]
 
@@ -112,51 +124,54 @@ def _pack_pieces(rows: list[FeatureRow]) -> Iterator[list[_Piece]]:
 def _evaluate(drafter: Drafter, head: FrozenHead, pack: list[_Piece]) -> Tensor:
     """Give `[A]` num_accepted of every start in a pack."""
     parameter = next(drafter.parameters())
-    block_size, device = drafter.config.block_size, parameter.device
+    config, device = drafter.config, parameter.device
     anchors = torch.cat([piece.anchors for piece in pack])
-    labels = torch.cat([block_labels(p.row.input_ids, p.anchors, block_size) for p in pack])
-    offered = torch.cat([_widths(p.row, p.anchors, block_size) for p in pack])
-    known = torch.cat([len(p.row.input_ids) - p.anchors for p in pack])
+    # Column i is the stored token i places after the anchor: draft i should be it.
+    tokens = torch.cat(
+        [block_labels(p.row.input_ids, p.anchors, config.num_drafts + 1) for p in pack]
+    )
+    tokens = tokens.to(device)
+    offered = torch.cat([_num_offered(p.row, p.anchors, config.num_drafts) for p in pack])
+    stored = torch.cat([len(p.row.input_ids) - 1 - p.anchors for p in pack])
     features = torch.cat([p.row.features[: p.stop - 1] for p in pack])
     blocks = Blocks(
         context_offsets=_offsets([p.stop - 1 for p in pack]),
         block_offsets=_offsets([p.stop - p.first for p in pack]),
         anchor_positions=anchors.to(device),
-        widths=offered.to(device),
+        widths=(offered + config.first_slot).to(device),
     )
     embeddings = block_embeddings(
-        head, labels[:, 0].to(device), num_slots=block_size, config=drafter.config
-    )
-    hidden = drafter(embeddings.to(parameter.dtype), features.to(device, parameter.dtype), blocks)
-    usable = torch.minimum(offered, known)
+        head, tokens[:, 0], num_slots=config.block_size, config=config
+    ).to(parameter.dtype)
+    hidden = drafter(embeddings, features.to(device, parameter.dtype), blocks)
+    usable = torch.minimum(offered, stored).to(device)
     return _count_accepted(
-        drafter, head, hidden, labels=labels.to(device), usable=usable.to(device)
+        drafter, head, hidden[:, config.first_slot :], tokens=tokens, usable=usable
     )
 
 
 def _count_accepted(
-    drafter: Drafter, head: FrozenHead, hidden_AKE: Tensor, *, labels: Tensor, usable: Tensor
+    drafter: Drafter, head: FrozenHead, hidden_ADE: Tensor, *, tokens: Tensor, usable: Tensor
 ) -> Tensor:
-    """Count each block's leading slots 1, 2, ... whose argmax is the label, `[A]` int64.
+    """Count each block's leading drafts that are the stored token, `[A]` int64.
 
     Args:
-        drafter: Shapes the logits.
-        head: The target's LM head.
-        hidden_AKE: `[A, K, E]`.
-        labels: `[A, K]` int64.
-        usable: `[A]` int64, slots that exist and have a stored token.
+        drafter: Chooses the drafts.
+        head: The LM head over the drafter's vocabulary.
+        hidden_ADE: `[A, D, E]`, the slots that draft.
+        tokens: `[A, D + 1]` int64, the anchor and the tokens stored behind it.
+        usable: `[A]` int64, drafts that the step offers and that have a stored token.
     """
     accepted = torch.zeros_like(usable)
-    for slot in range(1, hidden_AKE.shape[1]):
-        open_blocks = ((accepted == slot - 1) & (usable > slot)).nonzero().squeeze(1)
+    for place in range(hidden_ADE.shape[1]):
+        open_blocks = ((accepted == place) & (usable > place)).nonzero().squeeze(1)
         for part in open_blocks.split(SLOTS_AT_ONCE):
-            hidden = hidden_AKE[part, slot].to(head.lm_head_weight.dtype)
-            drafted = drafter.logits(hidden, head).argmax(dim=-1)
-            accepted[part] += drafted == labels[part, slot]
+            drafted = drafter.choose(hidden_ADE[part, place], tokens[part, place], head)
+            accepted[part] += drafted == tokens[part, place + 1]
     return accepted.cpu()
 
 
-def _walk_chain(row: FeatureRow, accepted: list[int], *, block_size: int) -> ReplayTrace:
+def _walk_chain(row: FeatureRow, accepted: list[int], *, num_drafts: int) -> ReplayTrace:
     """Follow the starts from the first answer token to the end."""
     first, end = row.prompt_length, len(row.input_ids) - 1
     trace = ReplayTrace(starts=[], num_accepted=[], widths=[], end=end)
@@ -165,13 +180,14 @@ def _walk_chain(row: FeatureRow, accepted: list[int], *, block_size: int) -> Rep
         num_accepted = accepted[start - first]
         trace.starts.append(start)
         trace.num_accepted.append(num_accepted)
-        trace.widths.append(min(block_size, row.max_length - start))
+        trace.widths.append(1 + min(num_drafts, row.max_length - start - 1))
         start += min(num_accepted + 1, end - start)
     return trace
 
 
-def _widths(row: FeatureRow, anchors: Tensor, block_size: int) -> Tensor:
-    return (row.max_length - anchors).clamp(max=block_size)
+def _num_offered(row: FeatureRow, anchors: Tensor, num_drafts: int) -> Tensor:
+    """Give `[A]` int64, tokens that a step at each anchor drafts: the bonus token needs room."""
+    return (row.max_length - anchors - 1).clamp(max=num_drafts)
 
 
 def _offsets(lengths: list[int]) -> list[int]:

@@ -12,12 +12,15 @@ from pathlib import Path
 
 import orjson
 from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from dflash_train.records.manifest import canonical_json, content_hash, file_hash, write_bytes
+from dflash_train.training.averaging import AveragedDrafter
 from dflash_train.training.metrics import TrainingCounts
 
 STATE_NAME = "train_state.json"
+AVERAGE_NAME = "average.safetensors"
 _PREFIX = "step-"
 _PARTIAL = ".partial-"
 
@@ -40,8 +43,23 @@ class TrainState:
     """Counts since the last line of metrics.jsonl."""
 
 
-def save_state(accelerator: Accelerator, state: TrainState, *, folder: Path, keep: int) -> None:
-    """Write `folder/step-NNNNNN` from all processes and remove older states beyond `keep`."""
+def save_state(
+    accelerator: Accelerator,
+    state: TrainState,
+    *,
+    folder: Path,
+    keep: int,
+    averaged: AveragedDrafter | None = None,
+) -> None:
+    """Write `folder/step-NNNNNN` from all processes and remove older states beyond `keep`.
+
+    Args:
+        accelerator: Has prepared model, optimiser and schedule.
+        state: Where the run stands.
+        folder: Holds all states of the run.
+        keep: States that stay.
+        averaged: The moving average, the same on every process.
+    """
     final = folder / f"{_PREFIX}{state.step:06d}"
     partial = folder / f"{_PARTIAL}{final.name}"
     if accelerator.is_main_process:
@@ -51,6 +69,8 @@ def save_state(accelerator: Accelerator, state: TrainState, *, folder: Path, kee
     accelerator.save_state(str(partial))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
+        if averaged is not None:
+            save_file(averaged.state_dict(), partial / AVERAGE_NAME)
         _write_books(partial, state)
         if final.exists():  # a damaged one, which resuming passed over
             shutil.rmtree(final)
@@ -76,9 +96,13 @@ def latest_state(folder: Path, *, key: str) -> Path | None:
     return None
 
 
-def load_state(accelerator: Accelerator, folder: Path) -> TrainState:
-    """Restore models, optimiser and schedule that `accelerator` has prepared."""
+def load_state(
+    accelerator: Accelerator, folder: Path, *, averaged: AveragedDrafter | None = None
+) -> TrainState:
+    """Restore model, optimiser and schedule that `accelerator` has prepared, and the average."""
     accelerator.load_state(str(folder))
+    if averaged is not None:
+        averaged.load_state_dict(load_file(folder / AVERAGE_NAME))
     return read_books(folder)
 
 

@@ -7,7 +7,7 @@ as an undisturbed one. Run by `dflash-train train recipe=NAME` or `accelerate la
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
 from torch import Tensor
 from tqdm import tqdm
 
@@ -25,11 +24,19 @@ from dflash_train.drafter.config import DrafterConfig
 from dflash_train.drafter.model import Drafter, block_embeddings
 from dflash_train.features.store import FeatureStore
 from dflash_train.features.target import FrozenHead
-from dflash_train.records.manifest import FILE_NAME, FileEntry, Manifest
+from dflash_train.records.manifest import FileEntry, Manifest
 from dflash_train.training.accelerator import cpu_products
-from dflash_train.training.batching import BatchSource, Pack, TrainingBatch, take_window
+from dflash_train.training.averaging import AveragedDrafter
+from dflash_train.training.batching import (
+    BatchSource,
+    BlockSettings,
+    Pack,
+    TrainingBatch,
+    take_window,
+    trainable_rows,
+)
 from dflash_train.training.interruption import StopRequest
-from dflash_train.training.losses import LossTerms, block_loss, position_weights
+from dflash_train.training.losses import LossSettings, LossTerms, block_loss, fixed_weights
 from dflash_train.training.metrics import AcceptanceCounts, TrainingCounts
 from dflash_train.training.optim import build_optimizer, build_schedule, current_lr
 from dflash_train.training.progress import Progress
@@ -48,6 +55,14 @@ from dflash_train.training.tracking import (
     Trackers,
     WandbTracker,
 )
+from dflash_train.training.vocabulary import (
+    SampledHead,
+    count_labels,
+    most_frequent_ids,
+    sample_head,
+)
+
+STATE_FOLDER = "state"
 
 
 @dataclass(kw_only=True)
@@ -75,6 +90,7 @@ class Trainer:
         validation: FeatureStore,
         run_dir: Path,
         key: str = "",
+        stop_token_ids: Sequence[int] = (),
     ) -> None:
         """Prepare model, optimiser and schedule.
 
@@ -87,20 +103,17 @@ class Trainer:
             validation: Rows to replay.
             run_dir: Folder of the run; states, checkpoints and metrics go below it.
             key: Hash of recipe and inputs; states of another key are not resumed.
+            stop_token_ids: Ids that end an answer; a reduced draft vocabulary holds them all.
 
         Raises:
-            ValueError: There is nothing to train on or to validate with, or shapes do not fit.
+            ValueError: `training.minutes` are not yet steps, as `train` makes them; there is
+                nothing to train on or to validate with, or shapes do not fit.
         """
         self.config = config
         self.accelerator = accelerator
         self.run_dir = run_dir
         self.drafter_config = drafter.config
-        self.source = BatchSource(
-            train,
-            settings=config.training,
-            block_size=drafter.config.block_size,
-            seed=config.seed,
-        )
+        trainable = trainable_rows(train)
         require(
             len(validation) > 0,
             f"{validation.folder} has no rows, so no best checkpoint can be chosen. Raise "
@@ -111,22 +124,35 @@ class Trainer:
         self.validation_store = validation
         self.head = _head_on(head, accelerator.device)
         self.dtype = next(drafter.parameters()).dtype
-        self.weights_K = position_weights(drafter.config.block_size, config.training.decay_gamma)
+        self.max_steps = _num_steps(config)
+        self.is_label = self._choose_vocabulary(drafter, train, trainable, stop_token_ids)
         optimizer = build_optimizer(drafter, config.optim)
-        schedule = build_schedule(
-            optimizer,
-            max_steps=config.training.max_steps,
-            warmup_share=config.optim.warmup_share,
-        )
+        schedule = build_schedule(optimizer, config.optim, max_steps=self.max_steps)
         self.model, self.optimizer, self.schedule = accelerator.prepare(
             drafter.train(), optimizer, schedule
         )
-        self.state = TrainState(key=key, pending=TrainingCounts.zeros(drafter.config.block_size))
+        decay = config.training.ema_decay
+        self.averaged = None if decay is None else AveragedDrafter(self.drafter, decay)
+        self.output_head = self.drafter.output_head(self.head)
+        self.source = BatchSource(
+            train, self._block_settings(), pack_tokens=config.training.pack_tokens
+        )
+        self.loss_settings = LossSettings(
+            loss=config.loss,
+            slot_weights=fixed_weights(config.loss, drafter.config).to(accelerator.device),
+            chunk=config.training.head_chunk,
+        )
+        self.state = TrainState(key=key, pending=self._no_counts())
 
     @property
     def drafter(self) -> Drafter:
-        """The bare drafter, as it stands."""
+        """The bare drafter that is trained, as it stands."""
         return self.accelerator.unwrap_model(self.model)
+
+    @property
+    def deployable(self) -> Drafter:
+        """The drafter that validation replays and checkpoints hold: averaged if the recipe asks."""
+        return self.drafter if self.averaged is None else self.averaged.drafter
 
     @property
     def checkpoint_dir(self) -> Path:
@@ -136,7 +162,7 @@ class Trainer:
     @property
     def state_dir(self) -> Path:
         """Folder of the train states."""
-        return self.run_dir / "state"
+        return self.run_dir / STATE_FOLDER
 
     def fit(self) -> TrainState:
         """Train to the last step, from the newest train state if there is one.
@@ -145,7 +171,7 @@ class Trainer:
             KeyboardInterrupt: SIGINT or SIGTERM came; the train state is saved.
         """
         self._resume()
-        settings, last_step = self.config.training, self.config.training.max_steps
+        settings, last_step = self.config.training, self.max_steps
         with StopRequest() as stop, self._open_trackers() as trackers, self._progress() as progress:
             stream = self.source.stream(epoch=self.state.epoch, position=self.state.position)
             while self.state.step < last_step:
@@ -160,6 +186,14 @@ class Trainer:
                     raise KeyboardInterrupt(f"train state saved at step {self.state.step}")
         return self.state
 
+    def next_window(self, stream: Iterator[Pack]) -> list[Pack]:
+        """Take the packs of the next optimiser step, those of all ranks."""
+        return take_window(
+            stream,
+            num_micro_batches=self.config.training.accumulation_steps,
+            num_ranks=self.accelerator.num_processes,
+        )
+
     def train_step(self, window: list[Pack]) -> StepResult:
         """Run one optimiser step.
 
@@ -168,15 +202,14 @@ class Trainer:
         """
         ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
         batches = [self.source.load(pack) for pack in window[rank::ranks]]
-        own_weight = torch.stack([batch.weight_sum(self.weights_K) for batch in batches]).sum()
-        # Z is known before the first forward; wrappers average over ranks, hence ranks / Z.
-        scale = ranks / self._sum_over_ranks(own_weight).item()
-        own_counts = TrainingCounts.zeros(self.drafter_config.block_size)
+        scale = ranks / self._denominator(batches)  # wrappers average over ranks
+        rows = self._rows_of_step()
+        own_counts = self._no_counts()
         for number, batch in enumerate(batches, start=1):
             is_last = number == len(batches)
             no_sync = nullcontext() if is_last else self.accelerator.no_sync(self.model)
             with no_sync, cpu_products(self.config.launch):
-                terms = self._loss(batch)
+                terms = self._loss(batch, rows)
                 self.accelerator.backward(terms.loss_sum * scale)
             own_counts += terms.counts
         grad_norm = self.accelerator.clip_grad_norm_(
@@ -185,6 +218,8 @@ class Trainer:
         assert grad_norm is not None
         lr = current_lr(self.optimizer)
         self.optimizer.step()
+        if self.averaged is not None:
+            self.averaged.update(self.drafter)
         self.schedule.step()
         self.optimizer.zero_grad()
         counts = TrainingCounts.from_tensor(self._sum_over_ranks(own_counts.to_tensor()))
@@ -196,7 +231,7 @@ class Trainer:
         num_rows = min(len(store), self.config.training.validation_rows)
         chosen = [number * len(store) // num_rows for number in range(num_rows)]
         own_rows = [store[index] for index in chosen[self.accelerator.process_index :: ranks]]
-        own_counts = replay_many(self.drafter, self.head, own_rows)
+        own_counts = replay_many(self.deployable, self.head, own_rows)
         counts = AcceptanceCounts.from_tensor(self._sum_over_ranks(own_counts.to_tensor()))
         require(
             counts.num_steps > 0,
@@ -208,7 +243,7 @@ class Trainer:
     def finish(self, manifest: Manifest) -> Manifest:
         """Write `checkpoint/last`, complete the manifest and write it last."""
         if self.accelerator.is_main_process:
-            save_checkpoint(self.drafter, self.checkpoint_dir / "last")
+            save_checkpoint(self.deployable, self.checkpoint_dir / "last")
             folder = self.checkpoint_dir
             files = sorted([*folder.glob("best/*"), *folder.glob("last/*")])
             manifest.outputs = [FileEntry.of(path, folder) for path in files]
@@ -229,11 +264,7 @@ class Trainer:
         """Run one step, move the state forward and log when it is time."""
         settings, state = self.config.training, self.state
         started = time.perf_counter()
-        window = take_window(
-            stream,
-            num_micro_batches=settings.accumulation_steps,
-            num_ranks=self.accelerator.num_processes,
-        )
+        window = self.next_window(stream)
         result = self.train_step(window)
         progress.advance(result.counts, time.perf_counter() - started)
         state.step += 1
@@ -241,10 +272,35 @@ class Trainer:
         state.pending += result.counts
         if state.step % settings.log_every == 0:
             trackers.log(state.step, self._step_values(result) | progress.rates())
-            state.pending = TrainingCounts.zeros(self.drafter_config.block_size)
+            state.pending = self._no_counts()
             progress.new_window()
 
-    def _loss(self, batch: TrainingBatch) -> LossTerms:
+    def _denominator(self, batches: list[TrainingBatch]) -> float:
+        """Count Z over all ranks and micro-batches of the step, before its first forward."""
+        weights_K = self.loss_settings.slot_weights.cpu()
+        own = torch.stack([batch.weight_sum(weights_K) for batch in batches]).sum()
+        total = self._sum_over_ranks(own).item()
+        require(
+            total > 0,
+            "no block of this step has a label that the drafter can draft. Raise "
+            f"drafter.draft_vocab_size (={self.drafter_config.draft_vocab_size}) or "
+            f"training.pack_tokens (={self.config.training.pack_tokens}).",
+        )
+        return total
+
+    def _rows_of_step(self) -> SampledHead:
+        """Give the rows of the head that this step's softmax runs over."""
+        if self.is_label is None:
+            return SampledHead(head=self.output_head, log_weights=None)
+        return sample_head(
+            self.head,
+            self.is_label,
+            num_drawn=self.config.training.head_sample,
+            seed=self.config.seed,
+            step=self.state.step,
+        )
+
+    def _loss(self, batch: TrainingBatch, rows: SampledHead) -> LossTerms:
         batch = batch.to(self.accelerator.device, dtype=self.dtype)
         embeddings = block_embeddings(
             self.head,
@@ -256,11 +312,46 @@ class Trainer:
         return block_loss(
             hidden,
             batch,
-            self.head,
-            config=self.drafter_config,
-            weights_K=self.weights_K.to(hidden.device),
-            chunk=self.config.training.head_chunk,
+            rows.head,
+            drafter=self.drafter,
+            settings=replace(self.loss_settings, log_weights=rows.log_weights),
         )
+
+    def _choose_vocabulary(
+        self,
+        drafter: Drafter,
+        store: FeatureStore,
+        rows: list[int],
+        stop_token_ids: Sequence[int],
+    ) -> Tensor | None:
+        """Set a reduced drafter's ids; give `[V]` bool, ids that are labels, if heads are sampled.
+
+        Both come from the labels of the training rows.
+        """
+        size, num_drawn = drafter.config.draft_vocab_size, self.config.training.head_sample
+        if size is None and num_drawn == 0:
+            return None
+        counts = count_labels(store, rows, vocab_size=drafter.config.vocab_size)
+        if size is not None:
+            drafter.set_draft_vocabulary(
+                most_frequent_ids(counts, size, always=list(stop_token_ids))
+            )
+        return counts > 0 if num_drawn else None
+
+    def _block_settings(self) -> BlockSettings:
+        config, shape, ids = self.config, self.drafter_config, self.output_head.draft_token_ids
+        has_teacher = config.data.teacher_top_k > 0
+        return BlockSettings(
+            block_size=shape.block_size,
+            num_anchors=config.training.num_anchors,
+            seed=config.seed,
+            first_slot=shape.first_slot,
+            draft_token_ids=None if ids is None else ids.cpu(),
+            use_teacher=config.loss.needs_teacher or (shape.has_confidence_head and has_teacher),
+        )
+
+    def _no_counts(self) -> TrainingCounts:
+        return TrainingCounts.zeros(self.drafter_config.num_drafts)
 
     def _validate_and_keep_best(self, trackers: Trackers, progress: Progress) -> None:
         counts = self.validate()
@@ -280,20 +371,26 @@ class Trainer:
         if counts.pooled > self.state.best_acceptance:
             self.state.best_acceptance, self.state.best_step = counts.pooled, self.state.step
             if self.accelerator.is_main_process:
-                save_checkpoint(self.drafter, self.checkpoint_dir / "best")
+                save_checkpoint(self.deployable, self.checkpoint_dir / "best")
 
     def _resume(self) -> None:
         newest = latest_state(self.state_dir, key=self.state.key)
         self.accelerator.wait_for_everyone()
         if newest is not None:
-            self.state = load_state(self.accelerator, newest)
+            self.state = load_state(self.accelerator, newest, averaged=self.averaged)
             self._say(f"train: resuming at step {self.state.step}")
         elif self.accelerator.is_main_process:
             clear_states(self.state_dir)
 
     def _save(self) -> None:
         keep = self.config.training.keep_states
-        save_state(self.accelerator, self.state, folder=self.state_dir, keep=keep)
+        save_state(
+            self.accelerator,
+            self.state,
+            folder=self.state_dir,
+            keep=keep,
+            averaged=self.averaged,
+        )
 
     def _open_trackers(self) -> Trackers:
         trackers: list[Tracker] = []
@@ -313,7 +410,7 @@ class Trainer:
 
     def _progress(self) -> Progress:
         return Progress(
-            total=self.config.training.max_steps,
+            total=self.max_steps,
             done=self.state.step,
             is_shown=self.accelerator.is_main_process,
         )
@@ -322,6 +419,7 @@ class Trainer:
         pending = self.state.pending
         return {
             "loss": pending.loss,
+            "cross_entropy": pending.cross_entropy,
             "lr": result.lr,
             "grad_norm": result.grad_norm,
             "slot_accuracy": pending.slot_accuracy,
@@ -344,53 +442,14 @@ class Trainer:
             tqdm.write(message, file=sys.stderr)
 
 
-def train(
-    config: RecipeConfig,
-    *,
-    accelerator: Accelerator,
-    head: FrozenHead,
-    drafter: Drafter,
-    manifest: Manifest,
-) -> Manifest:
-    """Run the stage `train`: `features/{train,validation}` in, `checkpoint/{best,last}` out.
-
-    Args:
-        config: The recipe.
-        accelerator: From `build_accelerator`.
-        head: The target's embedding and LM head.
-        drafter: Where training starts; the same weights on every rank.
-        manifest: Stage, recipe hash and inputs; its outputs and details are filled in here.
-
-    Returns:
-        The manifest as written to `checkpoint/manifest.json`.
-
-    Raises:
-        ValueError: Features are missing, damaged or do not fit.
-        KeyboardInterrupt: SIGINT or SIGTERM came; the train state is saved.
-    """
-    run_dir = config.run_dir
-    set_seed(config.seed)
-    trainer = Trainer(
-        config,
-        accelerator=accelerator,
-        drafter=drafter,
-        head=head,
-        train=_open_split(run_dir, "train", accelerator),
-        validation=_open_split(run_dir, "validation", accelerator),
-        run_dir=run_dir,
-        key=manifest.key,
-    )
-    if accelerator.is_main_process:  # from here on the stage is not complete
-        (trainer.checkpoint_dir / FILE_NAME).unlink(missing_ok=True)
-    try:
-        trainer.fit()
-        return trainer.finish(manifest)
-    finally:
-        accelerator.free_memory()
-
-
-def _open_split(run_dir: Path, split: str, accelerator: Accelerator) -> FeatureStore:
-    return FeatureStore.open(run_dir / "features" / split, verify=accelerator.is_main_process)
+def _num_steps(config: RecipeConfig) -> int:
+    max_steps = config.training.max_steps
+    if max_steps is None:
+        raise ValueError(
+            "training.max_steps (=null) must be set before training starts. Set it, or set "
+            "training.minutes and run the stage `train`."
+        )
+    return max_steps
 
 
 def _check_width(store: FeatureStore, config: DrafterConfig) -> None:

@@ -4,11 +4,12 @@ from itertools import islice
 import pytest
 import torch
 
-from dflash_train.config import TrainingConfig
 from dflash_train.features.store import FeatureRow
 from dflash_train.features.target import Target
+from dflash_train.features.teacher import TeacherRow
 from dflash_train.training.batching import (
     BatchSource,
+    BlockSettings,
     collate,
     pack_stream,
     plan_epoch,
@@ -16,6 +17,7 @@ from dflash_train.training.batching import (
 )
 from dflash_train.training.losses import position_weights
 
+SETTINGS = BlockSettings(block_size=4, num_anchors=3, seed=0)
 LENGTHS = [30, 10, 50, 120, 20, 40, 64, 5, 33]
 
 
@@ -63,7 +65,7 @@ def test_ranks_take_turns_so_that_no_pack_is_lost_or_repeated():
 
 
 def test_collation_lays_documents_end_to_end_up_to_their_last_anchor(rows: list[FeatureRow]):
-    batch = collate(rows, block_size=4, num_anchors=3, seed=0, epoch=0)
+    batch = collate(rows, SETTINGS, epoch=0)
     assert batch.num_tokens == sum(len(row.input_ids) for row in rows)
     assert batch.blocks.block_offsets == [0, 3, 6, 9]
     for number, row in enumerate(rows):
@@ -75,24 +77,24 @@ def test_collation_lays_documents_end_to_end_up_to_their_last_anchor(rows: list[
 
 
 def test_blocks_of_a_row_do_not_depend_on_its_pack(rows: list[FeatureRow]):
-    together = collate(rows, block_size=4, num_anchors=3, seed=0, epoch=5)
-    alone = collate(rows[1:2], block_size=4, num_anchors=3, seed=0, epoch=5)
+    together = collate(rows, SETTINGS, epoch=5)
+    alone = collate(rows[1:2], SETTINGS, epoch=5)
     assert torch.equal(together.labels[3:6], alone.labels)
     assert torch.equal(together.label_mask[3:6], alone.label_mask)
-    other = collate(rows[1:2], block_size=4, num_anchors=3, seed=0, epoch=6)
+    other = collate(rows[1:2], SETTINGS, epoch=6)
     assert not torch.equal(other.blocks.anchor_positions, alone.blocks.anchor_positions)
 
 
 def test_rows_without_an_anchor_are_left_out_and_a_pack_of_them_is_named(rows: list[FeatureRow]):
     silent = replace(rows[0], id="silent", loss_mask=torch.zeros_like(rows[0].loss_mask))
-    batch = collate([silent, rows[1]], block_size=4, num_anchors=3, seed=0, epoch=0)
+    batch = collate([silent, rows[1]], SETTINGS, epoch=0)
     assert batch.blocks.block_offsets == [0, 3]
     with pytest.raises(ValueError, match="silent"):
-        collate([silent], block_size=4, num_anchors=3, seed=0, epoch=0)
+        collate([silent], SETTINGS, epoch=0)
 
 
 def test_the_denominator_is_known_from_labels_alone(rows: list[FeatureRow]):
-    batch = collate(rows, block_size=4, num_anchors=9, seed=0, epoch=0)
+    batch = collate(rows, replace(SETTINGS, num_anchors=9), epoch=0)
     weights = position_weights(4, 4.0)
     expected = sum(float(weights[slot]) for _, slot in batch.label_mask.nonzero().tolist())
     assert float(batch.weight_sum(weights)) == pytest.approx(expected, rel=1e-12)
@@ -106,15 +108,79 @@ def test_rows_whose_answer_is_one_token_are_never_planned(rows, write_split, tmp
         loss_mask=rows[0].loss_mask[:6],
         features=rows[0].features[:6],
     )
-    settings = TrainingConfig(max_steps=1, pack_tokens=64, num_anchors=3)
     store = write_split(tmp_path / "train", [short, rows[1]])
-    source = BatchSource(store, settings=settings, block_size=4, seed=0)
+    source = BatchSource(store, SETTINGS, pack_tokens=64)
     assert source.rows == [1]
     (pack,) = islice(source.stream(epoch=0, position=0), 1)
     assert torch.equal(
         source.load(pack).labels,
-        collate(rows[1:2], block_size=4, num_anchors=3, seed=0, epoch=0).labels,
+        collate(rows[1:2], SETTINGS, epoch=0).labels,
     )
     empty = write_split(tmp_path / "empty", [short])
     with pytest.raises(ValueError, match="nothing to train on"):
-        BatchSource(empty, settings=settings, block_size=4, seed=0)
+        BatchSource(empty, SETTINGS, pack_tokens=64)
+
+
+def test_shifted_slots_are_labelled_with_the_next_token(rows: list[FeatureRow]):
+    settings = replace(SETTINGS, first_slot=0)
+    batch = collate(rows[:1], settings, epoch=0)
+    ids = rows[0].input_ids
+    for block, anchor in enumerate(batch.blocks.anchor_positions.tolist()):
+        for slot in range(4):
+            is_there = anchor + slot + 1 < len(ids)
+            assert bool(batch.label_mask[block, slot]) == is_there
+            if is_there:
+                assert batch.labels[block, slot] == ids[anchor + slot + 1]
+                assert batch.previous_ids[block, slot] == ids[anchor + slot]
+
+
+def test_each_slot_knows_the_token_before_its_label(rows: list[FeatureRow]):
+    batch = collate(rows[:1], SETTINGS, epoch=0)
+    for block, slot in batch.label_mask.nonzero().tolist():
+        position = int(batch.blocks.anchor_positions[block]) + slot
+        assert batch.labels[block, slot] == rows[0].input_ids[position]
+        assert batch.previous_ids[block, slot] == rows[0].input_ids[position - 1]
+
+
+@pytest.mark.parametrize("first_slot", [0, 1])
+def test_a_label_outside_the_draft_vocabulary_ends_its_block(
+    rows: list[FeatureRow], first_slot: int
+):
+    settings = replace(SETTINGS, first_slot=first_slot, num_anchors=20)
+    whole = collate(rows, settings, epoch=0)
+    allowed = whole.labels[whole.label_mask].unique()[::2]
+    reduced = collate(rows, replace(settings, draft_token_ids=allowed), epoch=0)
+    assert torch.equal(reduced.labels, whole.labels)
+    for block in range(len(whole.labels)):
+        is_open = True
+        for slot in range(first_slot, 4):
+            is_open &= bool(whole.label_mask[block, slot] and whole.labels[block, slot] in allowed)
+            assert bool(reduced.label_mask[block, slot]) == is_open
+    assert 0 < reduced.label_mask.sum() < whole.label_mask.sum()
+
+
+@pytest.mark.parametrize("first_slot", [0, 1])
+def test_the_teacher_of_a_label_is_stored_one_row_before_it(
+    rows: list[FeatureRow], first_slot: int
+):
+    settings = replace(SETTINGS, first_slot=first_slot, use_teacher=True)
+    positions = torch.arange(len(rows[0].input_ids))
+    teacher = TeacherRow(
+        ids=positions[:, None].int(), probabilities=torch.full((len(positions), 1), 0.5)
+    )
+    batch = collate([replace(rows[0], teacher=teacher)], settings, epoch=0)
+    assert batch.teacher is not None
+    for block, slot in batch.label_mask.nonzero().tolist():
+        position = int(batch.blocks.anchor_positions[block]) + slot + 1 - first_slot
+        assert batch.labels[block, slot] == rows[0].input_ids[position]
+        assert batch.teacher.ids[block, slot].item() == position - 1
+
+
+def test_a_label_without_a_distribution_is_refused(rows: list[FeatureRow]):
+    settings = replace(SETTINGS, use_teacher=True)
+    with pytest.raises(ValueError, match=r"row-0-0 has labels.*data\.teacher_top_k"):
+        collate(rows, settings, epoch=0)
+    length = len(rows[0].input_ids)
+    zeros = TeacherRow(ids=torch.zeros(length, 2).int(), probabilities=torch.zeros(length, 2))
+    with pytest.raises(ValueError, match=r"row-0-0 has labels"):
+        collate([replace(rows[0], teacher=zeros)], settings, epoch=0)

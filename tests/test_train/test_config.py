@@ -5,6 +5,7 @@ from dflash_train.config import (
     DataConfig,
     DrafterSettings,
     EvaluateConfig,
+    LossConfig,
     OptimConfig,
     SampleTrafficConfig,
     TrainingConfig,
@@ -49,7 +50,9 @@ def test_a_wrong_key_or_value_is_named_in_one_line(override: str, message: str):
         (lambda: DataConfig(test_share=1.5), r"data\.test_share"),
         (lambda: DataConfig(test_share=0.95), "leave nothing to train on"),
         (lambda: TrainingConfig(max_steps=0), r"training\.max_steps"),
-        (lambda: TrainingConfig(decay_gamma=0.0), r"training\.decay_gamma"),
+        (lambda: TrainingConfig(max_steps=1, minutes=1.0), r"training\.max_steps.*minutes"),
+        (lambda: LossConfig(decay_gamma=0.0), r"loss\.decay_gamma"),
+        (lambda: LossConfig(ce=0.0), r"loss\.ce"),
         (lambda: OptimConfig(lr=0.0), r"optim\.lr"),
         (lambda: OptimConfig(warmup_share=1.0), r"optim\.warmup_share"),
         (lambda: OptimConfig(max_grad_norm=0.0), r"optim\.max_grad_norm"),
@@ -105,3 +108,26 @@ def test_a_drafter_that_does_not_fit_its_target_is_refused(settings: DrafterSett
     target: LlamaConfig = tiny_llama_config()
     with pytest.raises(ValueError, match=message):
         DrafterConfig.for_target(settings, target)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["loss.kl=0.5"], r"loss\.kl \(above 0\).*data\.teacher_top_k \(=0\)"),
+        (["training.head_sample=9", "drafter.markov_rank=4"], r"head_sample.*markov_rank \(=4\)"),
+        (["training.max_steps=null"], r"training\.max_steps.*training\.minutes"),
+        (["loss.weighting=dpace", "loss.decay_gamma=4"], r"loss\.decay_gamma.*loss\.weighting"),
+        (["optim.decay_share=1.0"], r"optim\.decay_share"),
+        (["training.ema_decay=1.0"], r"training\.ema_decay"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_named(overrides: list[str], message: str):
+    with pytest.raises(ValueError, match=message):
+        compose(["recipe=smollm2", *overrides])
+
+
+def test_the_published_mix_of_dspark_is_a_recipe():
+    mix = ["loss.ce=0.1", "loss.tv=1.8", "loss.confidence=1.0", "loss.decay_gamma=4"]
+    shape = ["drafter.markov_rank=256", "drafter.has_confidence_head=true"]
+    config = compose(["recipe=smollm2", *mix, *shape, "data.teacher_top_k=8"])
+    assert config.loss.soft_names == ["tv"]

@@ -1,7 +1,7 @@
 from pathlib import Path
 
-from dflash_train.config import compose
-from dflash_train.stages import Workshop, _log_inputs
+from dflash_train.config import compose, to_plain
+from dflash_train.stages import SAMPLE_TRAFFIC, STAGES, Workshop, _log_inputs
 
 
 def test_a_changed_log_is_seen_although_another_folder_has_its_name(tmp_path: Path):
@@ -18,3 +18,21 @@ def test_a_changed_log_is_seen_although_another_folder_has_its_name(tmp_path: Pa
         assert _log_inputs(workshop) != before
         path.write_text(content)
     assert _log_inputs(workshop) == before
+
+
+def test_every_key_of_a_recipe_belongs_to_a_stage_or_is_known_to_change_no_result():
+    harmless = {
+        "name", "runs_dir",  # where a run lies
+        "checkpoint",  # its weights are an input of evaluate, by hash
+        "tracking",  # where curves go
+        "data.logs", "data.hmac_key_file",  # inputs of ingest, by content
+    }  # fmt: skip
+    known = harmless.union(*(stage.settings for stage in (SAMPLE_TRAFFIC, *STAGES)))
+    recipe = to_plain(compose(["recipe=smollm2"]))
+    keys = {
+        f"{group}.{key}" if isinstance(value, dict) else group
+        for group, value in recipe.items()
+        for key in (value if isinstance(value, dict) else {group})
+    }
+    forgotten = {key for key in keys if not {key, key.split(".")[0]} & known}
+    assert not forgotten

@@ -10,15 +10,27 @@ from typing import Any
 import pytest
 import torch
 
-from dflash_train.config import LaunchConfig, RecipeConfig
+from dflash_train.config import (
+    LaunchConfig,
+    LossConfig,
+    OptimConfig,
+    OptimizerName,
+    RecipeConfig,
+    ScheduleName,
+    Weighting,
+)
 from dflash_train.drafter.checkpoint import load_checkpoint
+from dflash_train.features.store import FeatureStore
 from dflash_train.features.target import Target
 from dflash_train.records.manifest import Manifest
-from dflash_train.testing import tiny_drafter
+from dflash_train.testing import STOP_TOKEN_ID, VARIANTS, tiny_drafter
+from dflash_train.training import calibration
 from dflash_train.training.accelerator import build_accelerator
 from dflash_train.training.batching import Pack
 from dflash_train.training.replay import replay_many
-from dflash_train.training.trainer import StepResult, Trainer, train
+from dflash_train.training.stage import train
+from dflash_train.training.trainer import StepResult, Trainer
+from dflash_train.training.vocabulary import count_labels
 
 TIMINGS = ("blocks_per_second", "tokens_per_second")
 FILES = ("best/config.json", "best/model.safetensors", "last/config.json", "last/model.safetensors")
@@ -33,8 +45,16 @@ def start(
     write_split(features / "train", answer_rows(target32, [5, 9, 7, 12, 6, 8]))
     write_split(features / "validation", answer_rows(target32, [6, 10, 5], seed=1))
 
-    def run(name: str, *, key: str = "sha256:0", **training: int) -> Manifest:
+    def run(
+        name: str,
+        *,
+        key: str = "sha256:0",
+        shape: dict[str, Any] | None = None,
+        groups: dict[str, Any] | None = None,
+        **training: Any,
+    ) -> Manifest:
         config: RecipeConfig = tiny_recipe(tmp_path, name=name, **training)
+        config = replace(config, **(groups or {}))
         link = config.run_dir / "features"
         if not link.exists():
             link.parent.mkdir(exist_ok=True)
@@ -43,8 +63,9 @@ def start(
             config,
             accelerator=build_accelerator(config.launch),
             head=target32.head,
-            drafter=tiny_drafter(target32),
+            drafter=tiny_drafter(target32, **(shape or {})),
             manifest=Manifest(stage="train", recipe_hash=key),
+            stop_token_ids=[STOP_TOKEN_ID],
         )
 
     return run
@@ -99,7 +120,15 @@ def test_a_run_leaves_checkpoints_metrics_states_and_a_manifest(
     lines = metrics(run_dir)
     assert [line["step"] for line in lines] == [2, 3, 4, 6, 6]
     training = lines[0]
-    assert set(training) == {"step", "loss", "lr", "grad_norm", "slot_accuracy", "joint_accuracy"}
+    assert set(training) == {
+        "step",
+        "loss",
+        "cross_entropy",
+        "lr",
+        "grad_norm",
+        "slot_accuracy",
+        "joint_accuracy",
+    }
     assert len(training["slot_accuracy"]) == 3
     validation = lines[1]["validation"]
     assert set(validation["acceptance_length"]) == {"pooled", "per_request"}
@@ -273,3 +302,79 @@ def test_the_same_seed_gives_the_same_initial_drafter_whatever_came_before(start
     torch.manual_seed(78)
     start("two", max_steps=1)
     assert_same_run(tmp_path / "one", tmp_path / "two")
+
+
+DPACE = LossConfig(weighting=Weighting.dpace)
+RECIPES: dict[str, dict[str, Any]] = {
+    "averaged": {"ema_decay": 0.9},
+    "muon": {"groups": {"optim": OptimConfig(name=OptimizerName.muon, schedule=ScheduleName.wsd)}},
+    "dpace": {"groups": {"loss": DPACE}},
+    "sampled_head": {"head_sample": 40},
+    "dflash2": {"shape": VARIANTS["dflash2"], "groups": {"loss": DPACE}, "ema_decay": 0.9},
+    "dspark": {"shape": VARIANTS["dspark"], "groups": {"loss": DPACE}},
+    "reduced": {"shape": {"draft_vocab_size": 60}, "ema_decay": 0.9},
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_way_of_training_resumes_to_the_same_bytes(
+    start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+):
+    settings = RECIPES[name]
+    start("whole", **settings)
+    with monkeypatch.context() as patch:
+        fail_at(patch, 6, crash)
+        with pytest.raises(RuntimeError, match="power cut"):
+            start("cut", **settings)
+    start("cut", **settings)
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_checkpoints_hold_the_average_and_training_goes_on_without_it(start, tmp_path: Path):
+    start("plain")
+    start("averaged", ema_decay=0.5)
+    plain, averaged = (metrics(tmp_path / name) for name in ("plain", "averaged"))
+    losses = [[line["loss"] for line in lines if "loss" in line] for lines in (plain, averaged)]
+    assert losses[0] == losses[1]
+    last = "last/model.safetensors"
+    assert (
+        checkpoint_bytes(tmp_path / "plain")[last] != checkpoint_bytes(tmp_path / "averaged")[last]
+    )
+
+
+def test_a_reduced_vocabulary_is_that_of_the_training_labels(start, tmp_path: Path):
+    start("run", shape={"draft_vocab_size": 30})
+    drafter = load_checkpoint(tmp_path / "run" / "checkpoint" / "last")
+    store = FeatureStore.open(tmp_path / "features" / "train")
+    counts = count_labels(store, list(range(len(store))), vocab_size=260)
+    ids = drafter.d2t + torch.arange(30)
+    assert STOP_TOKEN_ID in ids
+    others = ids[ids != STOP_TOKEN_ID]
+    left_out = torch.ones(260, dtype=torch.bool)
+    left_out[ids] = False
+    assert counts[others].min() >= counts[left_out].max()
+
+
+def test_minutes_become_steps_once_and_the_same_steps_give_the_same_bytes(
+    start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def few_steps(seconds: float, **_: float) -> int:
+        assert seconds == 90.0
+        return 6
+
+    monkeypatch.setattr(calibration, "steps_within", few_steps)
+    with monkeypatch.context() as patch:
+        warmed_up = calibration.WARMUP_STEPS + calibration.TIMED_STEPS
+        fail_at(patch, warmed_up + 6, crash)
+        with pytest.raises(RuntimeError, match="power cut"):
+            start("minutes", minutes=1.5, max_steps=None)
+    stored = (tmp_path / "minutes" / "state" / "calibration.json").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(calibration, "steps_within", lambda *_, **__: crash())
+        manifest = start("minutes", minutes=1.5, max_steps=None)
+    assert manifest.details["calibration"]["max_steps"] == manifest.details["steps"] == 6
+    assert manifest.details["calibration"]["seconds_per_step"] > 0
+    assert (tmp_path / "minutes" / "state" / "calibration.json").read_bytes() == stored
+    start("steps")
+    assert checkpoint_bytes(tmp_path / "minutes") == checkpoint_bytes(tmp_path / "steps")
+    assert metrics(tmp_path / "minutes") == metrics(tmp_path / "steps")

@@ -1,0 +1,168 @@
+"""What the doctor's checks share: the patient, a finding, and how a check names a broken rule.
+
+A check is a function from the patient to one finding. It reads as a list of rules: `demand()`
+ends it at the first broken one, with a sentence and a remedy. `needs` names the checks without
+whose success it has nothing to say, so one fault gives one failed line and not a dozen.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import orjson
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedConfig
+
+from dflash_train.drafter.checkpoint import CONFIG_NAME, WEIGHTS_NAME
+from dflash_train.features.target import Target
+
+
+class Status(Enum):
+    """How a check ended; only `failed` makes the checkpoint unfit."""
+
+    ok = "ok"
+    warning = "warning"
+    failed = "failed"
+    skipped = "skipped"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """What one check found, in one sentence and one remedy."""
+
+    check: str = ""
+    """Name of the check; the runner fills it in."""
+    status: Status
+    sentence: str
+    remedy: str = ""
+    """What to do; empty where nothing is wrong, or where the sentence ends with it."""
+
+    def __str__(self) -> str:
+        """Give the line that is printed."""
+        text = f"{self.sentence} {self.remedy}".strip()
+        return f"{self.status.value:<8} {self.check:<12} {text}"
+
+
+def ok(sentence: str) -> Finding:
+    """Give the finding of a check that holds."""
+    return Finding(status=Status.ok, sentence=sentence)
+
+
+def warning(sentence: str, *, remedy: str) -> Finding:
+    """Give the finding of something that works here and may not elsewhere."""
+    return Finding(status=Status.warning, sentence=sentence, remedy=remedy)
+
+
+class BrokenRuleError(Exception):
+    """A rule does not hold; it carries the finding."""
+
+    def __init__(self, finding: Finding) -> None:
+        """Keep the finding."""
+        super().__init__(finding.sentence)
+        self.finding = finding
+
+
+def broken(sentence: str, *, remedy: str) -> BrokenRuleError:
+    """Give the error that ends a check as failed."""
+    return BrokenRuleError(Finding(status=Status.failed, sentence=sentence, remedy=remedy))
+
+
+def demand(condition: bool, sentence: str, *, remedy: str) -> None:
+    """End the check as failed unless the condition holds."""
+    if not condition:
+        raise broken(sentence, remedy=remedy)
+
+
+@dataclass(kw_only=True)
+class Patient:
+    """A checkpoint folder and the target it claims to serve."""
+
+    folder: Path
+    target: Target
+    """The loaded target; its own taps are not read."""
+    findings: dict[str, Finding] = field(default_factory=dict)
+    """Findings so far, by name of the check."""
+
+    @property
+    def target_config(self) -> PreTrainedConfig:
+        """Give the target's text configuration."""
+        return self.target.model.config.get_text_config()
+
+    @functools.cached_property
+    def content(self) -> dict[str, Any]:
+        """Give everything in `config.json`, as it stands there."""
+        path = self.folder / CONFIG_NAME
+        remedy = "Give the folder that training wrote, or export it again."
+        demand(path.is_file(), f"{CONFIG_NAME} is missing.", remedy=remedy)
+        try:
+            content = orjson.loads(path.read_bytes())
+        except orjson.JSONDecodeError as error:
+            raise broken(f"{CONFIG_NAME} is not JSON: {error}.", remedy=remedy) from error
+        demand(isinstance(content, dict), f"{CONFIG_NAME} is not an object.", remedy=remedy)
+        return content
+
+    @functools.cached_property
+    def shapes(self) -> dict[str, list[int]]:
+        """Give names and shapes of the tensors on disk."""
+        path = self.folder / WEIGHTS_NAME
+        remedy = "Copy the file again, or export it again."
+        demand(path.is_file(), f"{WEIGHTS_NAME} is missing.", remedy=remedy)
+        try:
+            with safe_open(path, framework="pt") as file:
+                return {name: file.get_slice(name).get_shape() for name in file.keys()}
+        except (OSError, SafetensorError) as error:
+            raise broken(f"{WEIGHTS_NAME} cannot be read: {error}.", remedy=remedy) from error
+
+    def value(self, key: str, *kinds: type) -> Any:
+        """Give a value of `config.json` by its dotted key.
+
+        Args:
+            key: Such as `dflash_config.mask_token_id`.
+            kinds: Types that are accepted; `type(None)` accepts null and an absent key.
+        """
+        found: Any = self.content
+        for part in key.split("."):
+            found = found.get(part) if isinstance(found, dict) else None
+        is_bool_for_number = isinstance(found, bool) and bool not in kinds
+        wanted = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
+        demand(
+            isinstance(found, kinds) and not is_bool_for_number,
+            f"{key} (={found}) must be {wanted}.",
+            remedy="Export the checkpoint again, or set it to what training used.",
+        )
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One line of the doctor's report."""
+
+    name: str
+    examine: Callable[[Patient], Finding]
+    """Gives the finding; a BrokenRuleError or a reader's ValueError is a failure."""
+    needs: tuple[str, ...] = ()
+    """Checks that must not have failed or been skipped before this one makes sense."""
+
+
+def run_check(check: Check, patient: Patient) -> Finding:
+    """Run one check, whatever it meets, and name its finding."""
+    unmet = [
+        name
+        for name in check.needs
+        if patient.findings[name].status in (Status.failed, Status.skipped)
+    ]
+    if unmet:
+        sentence = f"needs {', '.join(unmet)}"
+        return Finding(check=check.name, status=Status.skipped, sentence=sentence)
+    try:
+        found = check.examine(patient)
+    except BrokenRuleError as error:
+        found = error.finding
+    except ValueError as error:  # a reader's message: value, rule and remedy
+        found = Finding(status=Status.failed, sentence=str(error))
+    return Finding(
+        check=check.name, status=found.status, sentence=found.sentence, remedy=found.remedy
+    )

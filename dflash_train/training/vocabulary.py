@@ -1,0 +1,77 @@
+"""Which ids the head is trained on, where that is not the whole vocabulary.
+
+Two different things. A drafter of a reduced vocabulary can draft the most frequent label tokens
+only; they are chosen once, before training, from the training rows. A full drafter may still be
+trained over a part of the vocabulary (`training.head_sample`): the label tokens of all training
+rows, plus some of the others, drawn anew each step and weighted up to stand for all of them.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dflash_train.features.store import FeatureStore
+from dflash_train.features.target import FrozenHead
+from dflash_train.training.blocks import hashed_generator
+
+
+def count_labels(store: FeatureStore, rows: list[int], *, vocab_size: int) -> Tensor:
+    """Count how often each id can be a label: `[V]` int64 over the given rows' answers."""
+    counts = torch.zeros(vocab_size, dtype=torch.int64)
+    for index in rows:
+        row = store[index]
+        counts += torch.bincount(row.input_ids[row.loss_mask], minlength=vocab_size)
+    return counts
+
+
+def most_frequent_ids(counts: Tensor, size: int, *, always: list[int]) -> Tensor:
+    """Choose a draft vocabulary, `[size]` int64, ascending.
+
+    Args:
+        counts: `[V]` from `count_labels`; equal counts are taken in the order of their ids.
+        size: Vd.
+        always: Ids that are in it whatever their count: the target's stop ids, no more than Vd.
+    """
+    ranked = counts.clone()
+    ranked[always] = counts.sum() + 1
+    return ranked.argsort(descending=True, stable=True)[:size].sort().values
+
+
+@dataclass(kw_only=True)
+class SampledHead:
+    """The rows of the head that the softmax of one optimiser step runs over."""
+
+    head: FrozenHead
+    log_weights: Tensor | None
+    """`[rows of the head]` float32: 0 for a label's id, log(others / drawn) for a drawn one; None
+    where nothing was drawn."""
+
+
+def sample_head(
+    head: FrozenHead, is_label: Tensor, *, num_drawn: int, seed: int, step: int
+) -> SampledHead:
+    """Draw the head's rows for one step, a function of seed and step alone.
+
+    With each drawn id's logit raised by log(others / drawn), the sum of exponentials is in the
+    mean that of the whole vocabulary.
+
+    Args:
+        head: The whole head.
+        is_label: `[V]` bool, ids that are always in it.
+        num_drawn: Ids drawn from the others, without replacement; all of them if they are fewer.
+        seed: Seed of the run.
+        step: Finished optimiser steps.
+    """
+    others = (~is_label).nonzero().squeeze(1)
+    order = torch.randperm(len(others), generator=hashed_generator("head", seed, step))
+    is_drawn = torch.zeros_like(is_label)
+    is_drawn[others[order[:num_drawn]]] = True
+    ids = (is_label | is_drawn).nonzero().squeeze(1)
+    log_weight = math.log(len(others) / int(is_drawn.sum())) if len(others) else 0.0
+    restricted = head.restricted(ids)
+    log_weights = is_drawn[ids].float() * log_weight
+    return SampledHead(
+        head=restricted, log_weights=log_weights.to(restricted.lm_head_weight.device)
+    )
