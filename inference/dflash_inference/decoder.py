@@ -3,8 +3,11 @@
 The reference loop of this repository; it reads like the paper (arXiv 2602.06036). What
 holds between steps (I1 to I5) is written down, and asserted, in request.py.
 
-A block narrower than K, at the end of the budget, is a forward pass of its own, not a prefix of
-the wide one.
+Every kind of drafter goes through the same loop: a step drafts
+`n = min(num_drafts, max_length - start - 1)` tokens from a block of `first_slot + n` slots and
+verifies `n + 1` tokens: the anchor and the drafts. Plain DFlash and DFlash 2 have first_slot 1 and
+num_drafts K - 1; DSpark's layout is shifted, first_slot 0 and num_drafts K. A block narrowed by the
+end of the budget is a forward pass of its own, not a prefix of the wide one.
 """
 
 from collections.abc import Callable
@@ -32,6 +35,7 @@ class SpeculativeDecoder:
         """Join a target and its drafter; `observe` sees the state after prefill and every step."""
         self.target = target
         self.drafter = drafter
+        self.output_head = drafter.output_head(target.head)
         self.observe = observe
 
     @torch.inference_mode()
@@ -79,21 +83,21 @@ class SpeculativeDecoder:
         )
 
     def _draft(self, request: RequestState) -> Tensor:
-        """Propose `[m - 1]` tokens in one drafter pass; eats the pending features."""
-        width = min(self.drafter.config.block_size, request.max_length - request.start)
-        head = self.target.head
+        """Propose `[n]` tokens in one drafter pass; eats the pending features."""
+        config = self.drafter.config
+        num_drafts = min(config.num_drafts, request.max_length - request.start - 1)
+        num_slots = config.first_slot + num_drafts
         anchor_ids = self._as_batch(request.token_ids[-1:])[0]
-        block = block_embeddings(head, anchor_ids, num_slots=width, config=self.drafter.config)[0]
+        block = block_embeddings(self.output_head, anchor_ids, num_slots=num_slots, config=config)
         dtype = self.drafter.fc.weight.dtype
         hidden = self.drafter.draft_step(
-            block.to(dtype), request.pending_features.to(dtype), request.drafter_cache
+            block[0].to(dtype), request.pending_features.to(dtype), request.drafter_cache
         )
         assert request.drafter_cache.length == request.start
-        hidden = hidden[1:].to(head.lm_head_weight.dtype)  # [m - 1, E]
-        return self.drafter.logits(hidden, head).argmax(dim=-1)
+        return self.drafter.draft(hidden, anchor_ids, self.output_head)
 
     def _verify(self, request: RequestState, draft_ids: Tensor) -> tuple[Verdict, Tensor]:
-        """Run the target over anchor and draft; features are `[m, L*E]`."""
+        """Run the target over anchor and drafts; features are `[n + 1, L*E]`."""
         block_ids = torch.cat([self._as_batch(request.token_ids[-1:])[0], draft_ids])
         output = self.target.forward(block_ids[None], cache=request.target_cache)
         return accept_greedy(draft_ids, output.logits[0]), output.features[0]

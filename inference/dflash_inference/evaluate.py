@@ -82,7 +82,7 @@ def replay_row(drafter: Drafter, head: FrozenHead, row: FeatureRow, *, split: st
 
 
 def lookup_row(row: FeatureRow, *, split: str, block_size: int) -> DecodeTrace:
-    """Decode one stored answer by prompt lookup."""
+    """Decode one stored answer by prompt lookup, with at most `block_size - 1` drafts a step."""
     ids = row.input_ids.tolist()
     prompt_ids, output_ids = ids[: row.prompt_length], ids[row.prompt_length :]
     steps = prompt_lookup(prompt_ids, output_ids, block_size=block_size, max_length=row.max_length)
@@ -113,6 +113,7 @@ def describe_drafter(drafter: Drafter) -> dict[str, Any]:
         "parameters": sum(weight.numel() for weight in drafter.parameters()),
         "num_hidden_layers": config.num_hidden_layers,
         "block_size": config.block_size,
+        "num_drafts": config.num_drafts,
         "target_layer_ids": config.target_layer_ids,
     }
 
@@ -126,7 +127,8 @@ def _trace_split(
         return replay_row(drafter, head, row, split=split)
 
     def by_lookup(row: FeatureRow) -> DecodeTrace:
-        return lookup_row(row, split=split, block_size=drafter.config.block_size)
+        # As many drafts as the drafter makes: DSpark's K against K - 1 would be no fair comparison.
+        return lookup_row(row, split=split, block_size=drafter.config.num_drafts + 1)
 
     rows = (store[position] for position in range(len(store)))
     _trace_rows(folder / f"replay-{split}.jsonl", rows, by_replay, num_rows=len(store))

@@ -90,31 +90,31 @@ def draw_lengths(findings: Findings) -> str:
 
 
 def draw_positions(findings: Findings) -> str:
-    """Draw joint and conditional acceptance by slot."""
+    """Draw joint and conditional acceptance by the draft's place after the anchor."""
     positions = findings["positions"]
-    slots = range(1, len(positions["joint"]) + 1)
+    places = range(1, len(positions["joint"]) + 1)
     figure, axes = _new_figure(width=5.1, height=3.1)
     for name, color, marker, style in (
         ("conditional", LOOKUP, "D", "--"),
         ("joint", DRAFTER, "o", "-"),
     ):
         points = [
-            (slot, y) for slot, y in zip(slots, positions[name], strict=True) if y is not None
+            (place, y) for place, y in zip(places, positions[name], strict=True) if y is not None
         ]
         axes.plot(
-            [slot for slot, _ in points],
+            [place for place, _ in points],
             [y for _, y in points],
             color=color,
             marker=marker,
             markersize=5,
             linestyle=style,
             clip_on=False,
-            label="kept, once the slot before is kept" if name == "conditional" else "kept",
+            label="kept, once the draft before is kept" if name == "conditional" else "kept",
         )
     axes.set_ylim(0, 1.02)
     axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
-    axes.set_xticks(list(slots))
-    axes.set_xlabel("slot of the block")
+    axes.set_xticks(list(places))
+    axes.set_xlabel("draft, counted from the anchor")
     axes.set_ylabel("share of steps")
     axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=2, handletextpad=0.5)
     return _to_svg(figure)

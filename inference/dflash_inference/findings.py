@@ -27,6 +27,8 @@ from dflash_train.features.store import INDEX_NAME, read_index
 from dflash_train.records.manifest import Manifest
 
 Findings = dict[str, Any]
+BlockShape = dict[str, int]
+"""K, most drafts of a step, and the ceiling of the acceptance length (drafts + 1), by name."""
 METRICS_NAME = "metrics.jsonl"
 DATA_FOLDERS = ("conversations", "regenerated", "features")
 
@@ -48,28 +50,28 @@ def find(config: RecipeConfig) -> Findings:
     checks = read_checks(folder / LIVE_CHECK_FILE)
     live_check = summarize_checks(checks)
     speed = measure_speed(read_traces(folder / "plain.jsonl"), read_traces(folder / "live.jsonl"))
-    block_size = manifest.details["drafter"]["block_size"]
-    slices = find_slices(traffic, lookup, foreign, config.evaluate, block_size)
+    block = _block_shape(manifest, folder)
+    slices = find_slices(traffic, lookup, foreign, config.evaluate, block)
     labels = {each["tenant"]: each["label"] for each in slices}
     labels |= {name: eval_set(name).title for name in config.evaluate.eval_sets}
     return {
         "run": config.name,
-        "acceptance_length": measure(traffic, config.evaluate, block_size),
+        "acceptance_length": measure(traffic, config.evaluate, block),
         "token_match_rate": live_check["token_match_rate"],
         "tokens_per_second": speed["tokens_per_second"],
         "target": manifest.target,
         "checkpoint": _checkpoint(config, manifest),
         "machine": manifest.details["machine"],
-        "prompt_lookup": compare(traffic, lookup, config.evaluate, block_size),
-        "foreign_features": compare(traffic, foreign, config.evaluate, block_size),
+        "prompt_lookup": compare(traffic, lookup, config.evaluate, block),
+        "foreign_features": compare(traffic, foreign, config.evaluate, block),
         "slices": slices,
         "labels": labels,
         "eval_sets": {
-            name: find_eval_set(name, folder, config.evaluate, block_size)
+            name: find_eval_set(name, folder, config.evaluate, block)
             for name in config.evaluate.eval_sets
         },
-        "positions": _plain(position_acceptance(traffic, block_size=block_size)),
-        "steps_by_length": length_histogram(traffic, block_size=block_size),
+        "positions": _plain(position_acceptance(traffic, num_drafts=block["num_drafts"])),
+        "steps_by_length": length_histogram(traffic, num_drafts=block["num_drafts"]),
         "speed": speed,
         "live_check": live_check | {"max_new_tokens": manifest.details["live_max_new_tokens"]},
         "training": read_training(config),
@@ -82,22 +84,24 @@ def find(config: RecipeConfig) -> Findings:
     }
 
 
-def measure(traces: list[DecodeTrace], config: EvaluateConfig, block_size: int) -> Findings | None:
-    """Give both acceptance lengths with intervals, K and counts; None if there is no step."""
+def measure(
+    traces: list[DecodeTrace], config: EvaluateConfig, block: BlockShape
+) -> Findings | None:
+    """Give both acceptance lengths with intervals, ceiling and counts; None if there is no step."""
     sums = RequestSums.of(traces)
     if sums.num_requests == 0:
         return None
     found = acceptance_length(sums, resamples=config.resamples, seed=config.seed)
-    return _plain(found) | {"block_size": block_size}
+    return _plain(found) | block
 
 
 def compare(
-    drafter: list[DecodeTrace], other: list[DecodeTrace], config: EvaluateConfig, block_size: int
+    drafter: list[DecodeTrace], other: list[DecodeTrace], config: EvaluateConfig, block: BlockShape
 ) -> Findings | None:
     """Give another way of drafting and the paired difference to it, on the requests both have."""
     shared = {trace.id for trace in other}
     drafter = [trace for trace in drafter if trace.id in shared]
-    found = measure(other, config, block_size)
+    found = measure(other, config, block)
     if found is None:
         return None
     difference = paired_difference(
@@ -117,7 +121,7 @@ def find_slices(
     lookup: list[DecodeTrace],
     foreign: list[DecodeTrace],
     config: EvaluateConfig,
-    block_size: int,
+    block: BlockShape,
 ) -> list[Findings]:
     """Give the figures of each tenant, the largest first; its key is shown, never its name."""
     lookup_groups, foreign_groups = by_group(lookup), by_group(foreign)
@@ -125,15 +129,15 @@ def find_slices(
         {
             "label": f"tenant {number}",
             "tenant": tenant,
-            "acceptance_length": measure(traces, config, block_size),
-            "prompt_lookup": compare(traces, lookup_groups[tenant], config, block_size),
-            "foreign_features": compare(traces, foreign_groups.get(tenant, []), config, block_size),
+            "acceptance_length": measure(traces, config, block),
+            "prompt_lookup": compare(traces, lookup_groups[tenant], config, block),
+            "foreign_features": compare(traces, foreign_groups.get(tenant, []), config, block),
         }
         for number, (tenant, traces) in enumerate(by_group(traffic).items(), start=1)
     ]
 
 
-def find_eval_set(name: str, folder: Path, config: EvaluateConfig, block_size: int) -> Findings:
+def find_eval_set(name: str, folder: Path, config: EvaluateConfig, block: BlockShape) -> Findings:
     """Give the figures of one evaluation set, its licence and its origin."""
     known = eval_set(name)
     replayed = read_traces(folder / f"replay-eval-{name}.jsonl")
@@ -142,8 +146,8 @@ def find_eval_set(name: str, folder: Path, config: EvaluateConfig, block_size: i
         "title": known.title,
         "origin": known.origin,
         "licence": known.licence,
-        "acceptance_length": measure(replayed, config, block_size),
-        "prompt_lookup": compare(replayed, lookup, config, block_size),
+        "acceptance_length": measure(replayed, config, block),
+        "prompt_lookup": compare(replayed, lookup, config, block),
     }
 
 
@@ -231,6 +235,22 @@ def read_data(run_dir: Path) -> Findings:
         numbers = {"answers": len(lines), "tokens": tokens, "answer_tokens": answers}
         splits.append({"split": path.parent.name} | numbers)
     return {"books": books, "splits": splits}
+
+
+def _block_shape(manifest: Manifest, folder: Path) -> BlockShape:
+    """Read how far a step of this drafter can get: K tokens, K + 1 in DSpark's shifted layout."""
+    drafter = manifest.details["drafter"]
+    if "num_drafts" not in drafter:
+        raise ValueError(
+            f"{folder} was written by an earlier version, which did not note drafter.num_drafts. "
+            "Run the stage 'evaluate' again with --force."
+        )
+    num_drafts = drafter["num_drafts"]
+    return {
+        "block_size": drafter["block_size"],
+        "num_drafts": num_drafts,
+        "ceiling": num_drafts + 1,
+    }
 
 
 def _checkpoint(config: RecipeConfig, manifest: Manifest) -> Findings:

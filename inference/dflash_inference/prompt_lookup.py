@@ -44,7 +44,8 @@ def prompt_lookup(
     Args:
         prompt_ids: Tokens of the prompt.
         output_ids: The target's greedy answer; its first token comes from prefill.
-        block_size: K, at most K - 1 tokens are proposed.
+        block_size: Most tokens one step verifies, the anchor and block_size - 1 copied ones. Beside
+            a drafter this is its num_drafts + 1: K, or K + 1 for DSpark's shifted layout.
         max_length: Prompt and generation budget, in tokens.
     """
     text = np.array([*prompt_ids, *output_ids], dtype=np.int64)

@@ -93,16 +93,20 @@ class Difference:
 
 @dataclass(kw_only=True)
 class PositionAcceptance:
-    """Acceptance of slots 1 .. K - 1, each list `K - 1` long."""
+    """Acceptance of drafts 1 .. num_drafts, counted from the anchor, one entry of a list each.
+
+    Draft i stands i positions after the anchor, whichever slot of the block drafts it: slot i, or
+    slot i - 1 in DSpark's shifted layout. So drafters of every kind are compared at equal places.
+    """
 
     offered: list[int]
-    """Steps whose block had this slot."""
+    """Steps that drafted this far."""
     reached: list[int]
-    """Steps that kept this slot, and so all before it."""
+    """Steps that kept this draft, and so all before it."""
     joint: list[float | None]
-    """`reached / offered`; None if the slot was never offered."""
+    """`reached / offered`; None if no step drafted this far."""
     conditional: list[float | None]
-    """Joint over the joint of the slot before; None where that is 0."""
+    """Joint over the joint of the draft before; None where that is 0."""
 
 
 def pooled_mean(sums: RequestSums) -> float:
@@ -191,10 +195,15 @@ def paired_difference(
     )
 
 
-def position_acceptance(traces: list[DecodeTrace], *, block_size: int) -> PositionAcceptance:
-    """Give joint and conditional acceptance of slots 1 .. K - 1, counted by weight."""
-    offered = np.zeros(block_size, dtype=np.int64)
-    reached = np.zeros(block_size, dtype=np.int64)
+def position_acceptance(traces: list[DecodeTrace], *, num_drafts: int) -> PositionAcceptance:
+    """Give joint and conditional acceptance of drafts 1 .. num_drafts, counted by weight.
+
+    Args:
+        traces: Any way of drafting.
+        num_drafts: Most tokens one step drafts: K - 1, or K in DSpark's shifted layout.
+    """
+    offered = np.zeros(num_drafts + 1, dtype=np.int64)
+    reached = np.zeros(num_drafts + 1, dtype=np.int64)
     for trace in traces:
         for step in trace.steps:
             offered[: step.width] += trace.weight
@@ -214,9 +223,9 @@ def position_acceptance(traces: list[DecodeTrace], *, block_size: int) -> Positi
     )
 
 
-def length_histogram(traces: list[DecodeTrace], *, block_size: int) -> list[int]:
-    """Count steps by acceptance length 1 .. K, by weight."""
-    counts = [0] * block_size
+def length_histogram(traces: list[DecodeTrace], *, num_drafts: int) -> list[int]:
+    """Count steps by acceptance length 1 .. num_drafts + 1, by weight."""
+    counts = [0] * (num_drafts + 1)
     for trace in traces:
         for step in trace.steps:
             counts[step.num_accepted] += trace.weight

@@ -23,7 +23,11 @@ class StepTrace:
     start: int
     """Position of the anchor."""
     width: int
-    """Rows of the block: the anchor and width - 1 drafted tokens."""
+    """Tokens that verify reads: the anchor and width - 1 drafts; 1 where nothing was drafted.
+
+    It is the ceiling of this step's acceptance length. Slots of the drafter's block are another
+    number: a plain block has as many, DSpark's shifted block one fewer.
+    """
     num_accepted: int
     """Drafted tokens that verify kept, before the stop token or the budget clipped them."""
     committed: int
@@ -65,7 +69,7 @@ class DecodeTrace:
     """How many logged calls it stands for."""
     prompt_length: int
     block_size: int
-    """K of the decoder; 1 for plain decoding."""
+    """K of the drafter, 1 for plain decoding. A full step verifies K tokens, K + 1 of DSpark's."""
     output_ids: list[int]
     """Tokens after the prompt, the one from prefill first, the stop token included."""
     steps: list[StepTrace]

@@ -14,7 +14,7 @@ class Verdict:
     """What one verify pass decides about a block."""
 
     num_accepted: int
-    """Drafted tokens kept, 0 .. block width - 1."""
+    """Drafted tokens kept, 0 .. n of n drafts."""
     bonus_token: int
     """The target's own token after the last accepted one; the next anchor."""
 
@@ -22,13 +22,14 @@ class Verdict:
 def accept_greedy(draft_ids: Tensor, target_logits: Tensor) -> Verdict:
     """Keep the longest prefix of the draft that the target would have written.
 
-    Row i of the logits is the target's view after slot i, so it judges `draft_ids[i]`.
+    Row i of the logits is the target's view after token i of anchor and drafts, so it judges
+    `draft_ids[i]`.
 
     Args:
-        draft_ids: `[m - 1]` int64, the tokens of slots 1 .. m - 1.
-        target_logits: `[m, V]`, verify of the anchor and the draft.
+        draft_ids: `[n]` int64, the drafts from left to right.
+        target_logits: `[n + 1, V]`, verify of the anchor and the drafts.
     """
-    target_ids = target_logits.argmax(dim=-1)  # [m]
-    is_kept = (draft_ids == target_ids[:-1]).long().cumprod(dim=0)  # [m - 1]
+    target_ids = target_logits.argmax(dim=-1)  # [n + 1]
+    is_kept = (draft_ids == target_ids[:-1]).long().cumprod(dim=0)  # [n]
     num_accepted = int(is_kept.sum())
     return Verdict(num_accepted=num_accepted, bonus_token=int(target_ids[num_accepted]))

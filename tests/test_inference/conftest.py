@@ -1,16 +1,27 @@
-"""A run folder whose evaluation is invented: what a report is made from."""
+"""A run folder whose evaluation is invented, answers of a tiny target, drafters fitted to them."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import orjson
 import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from dflash_inference.live_check import LIVE_CHECK_FILE, LiveCheck, Mismatch, write_checks
 from dflash_inference.trace import DecodeTrace, StepTrace, TopTwo, write_traces
 from dflash_train.config import RecipeConfig
-from dflash_train.features.store import IndexLine, write_index
+from dflash_train.drafter.attention import Blocks
+from dflash_train.drafter.model import Drafter, block_embeddings
+from dflash_train.features.store import FeatureRow, IndexLine, write_index
+from dflash_train.features.target import Target
 from dflash_train.records.manifest import Counts, FileEntry, Manifest
+from dflash_train.training.blocks import block_labels
+
+AnswerPrompts = Callable[..., list[FeatureRow]]
+FitDrafter = Callable[..., Drafter]
 
 BLOCK_SIZE = 8
 TENANTS = {"h:9f31c07a55d2": 46, "h:0b7de1843c61": 28, "h:77ac5e20919d": 19, "h:e8042bb6f130": 11}
@@ -207,6 +218,7 @@ def invent_run(runs_dir: Path, *, tenants: dict[str, int] = TENANTS) -> RecipeCo
                 "parameters": 12_400_000,
                 "num_hidden_layers": 3,
                 "block_size": BLOCK_SIZE,
+                "num_drafts": BLOCK_SIZE - 1,
                 "target_layer_ids": TARGET["target_layer_ids"],
             },
             "live_max_new_tokens": 48,
@@ -220,3 +232,89 @@ def invent_run(runs_dir: Path, *, tenants: dict[str, int] = TENANTS) -> RecipeCo
 def invented_run(tmp_path_factory: pytest.TempPathFactory) -> RecipeConfig:
     """An invented run folder, shared: tests only add the report to it."""
     return invent_run(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="session")
+def answer_prompts() -> AnswerPrompts:
+    """Let a target answer prompts; rows belong to three tenants, two turns to a session."""
+
+    def answer(target: Target, prompts: list[list[int]], *, budget: int) -> list[FeatureRow]:
+        generated = target.generate_batch(prompts, max_new_tokens=budget)
+        rows = []
+        for number, (prompt, row) in enumerate(zip(prompts, generated, strict=True)):
+            ids = torch.tensor([*prompt, *row.output_ids])
+            rows.append(
+                FeatureRow(
+                    id=f"r{number}",
+                    tenant=f"h:{number % 3}",
+                    session=f"s{number // 2}",
+                    input_ids=ids,
+                    loss_mask=torch.arange(len(ids)) >= len(prompt),
+                    features=row.features,
+                    max_length=len(prompt) + budget,
+                    finish_reason=row.finish_reason,
+                )
+            )
+        return rows
+
+    return answer
+
+
+@pytest.fixture(scope="session")
+def fit_drafter() -> FitDrafter:
+    """Fit a drafter of any kind to answers until it drafts some of them right.
+
+    Every start of every answer is a block, as narrow as the budget makes it at decoding.
+    """
+
+    def fit(target: Target, drafter: Drafter, rows: list[FeatureRow], *, num_steps: int) -> Drafter:
+        config, head = drafter.config, drafter.output_head(target.head)
+        anchors = [torch.arange(row.prompt_length, len(row.input_ids) - 1) for row in rows]
+        starts = list(zip(rows, anchors, strict=True))
+        tokens = torch.cat(
+            [block_labels(row.input_ids, at, config.num_drafts + 1) for row, at in starts]
+        )
+        room = torch.cat([row.max_length - 1 - at for row, at in starts])
+        stored = torch.cat([len(row.input_ids) - 1 - at for row, at in starts])
+        blocks = Blocks(
+            context_offsets=_offsets([len(row.input_ids) for row in rows]),
+            block_offsets=_offsets([len(at) for at in anchors]),
+            anchor_positions=torch.cat(anchors),
+            widths=room.clamp(max=config.num_drafts) + config.first_slot,
+        )
+        features = torch.cat([row.features for row in rows])
+        embeddings = block_embeddings(
+            head, tokens[:, 0], num_slots=config.block_size, config=config
+        )
+        labels = tokens[:, 1:]
+        is_label = torch.arange(config.num_drafts) < torch.minimum(room, stored)[:, None]
+        if head.draft_token_ids is not None:
+            is_label &= torch.isin(labels, head.draft_token_ids)
+            labels = torch.searchsorted(head.draft_token_ids, labels.contiguous())
+        optimizer = torch.optim.Adam(drafter.parameters(), lr=8e-3)
+        for _ in range(num_steps):
+            hidden = drafter(embeddings, features, blocks)[:, config.first_slot :]
+            scores = _scores(drafter, hidden[is_label], tokens[:, :-1][is_label], target)
+            optimizer.zero_grad()
+            cross_entropy(scores, labels[is_label]).backward()
+            optimizer.step()
+        return drafter.eval()
+
+    return fit
+
+
+def _scores(drafter: Drafter, hidden_SE: Tensor, previous_S: Tensor, target: Target) -> Tensor:
+    """Score every id after the true token before, `[S, Vd]`; all ids are candidates."""
+    logits_SV = drafter.logits(hidden_SE, drafter.output_head(target.head))
+    if drafter.markov_head is not None:
+        return logits_SV + drafter.markov_head(hidden_SE, previous_S)
+    if drafter.candidate_selector is not None:
+        ids_SV = torch.arange(logits_SV.shape[1]).expand_as(logits_SV)
+        return drafter.candidate_selector.scores(
+            hidden_SE, previous_S, logits_SC=logits_SV, ids_SC=ids_SV
+        )
+    return logits_SV
+
+
+def _offsets(lengths: list[int]) -> list[int]:
+    return [0, *torch.tensor(lengths).cumsum(0).tolist()]

@@ -69,10 +69,10 @@ def test_weight_equals_repetition() -> None:
     )
     assert first.pooled == pytest.approx(second.pooled)
     assert first.per_request == pytest.approx(second.per_request)
-    assert position_acceptance(weighted, block_size=4) == position_acceptance(
-        repeated, block_size=4
+    assert position_acceptance(weighted, num_drafts=3) == position_acceptance(
+        repeated, num_drafts=3
     )
-    assert length_histogram(weighted, block_size=4) == length_histogram(repeated, block_size=4)
+    assert length_histogram(weighted, num_drafts=3) == length_histogram(repeated, num_drafts=3)
 
 
 def test_requests_without_a_step_are_left_out() -> None:
@@ -174,7 +174,7 @@ def test_positions_equal_a_plain_count() -> None:
         width = int(generator.integers(1, 5))
         traces.append(trace_of(generator.integers(0, width, 9).tolist(), name=f"{i}", width=width))
     steps = [step for trace in traces for step in trace.steps]
-    got = position_acceptance(traces, block_size=4)
+    got = position_acceptance(traces, num_drafts=3)
     before = 1.0
     for slot in (1, 2, 3):
         offered = sum(step.width > slot for step in steps)
@@ -189,17 +189,17 @@ def test_positions_equal_a_plain_count() -> None:
 
 def test_joint_acceptance_adds_up_to_the_mean_when_every_slot_is_offered() -> None:
     traces = random_traces(30, seed=7)
-    joint = position_acceptance(traces, block_size=4).joint
+    joint = position_acceptance(traces, num_drafts=3).joint
     assert 1 + sum(j for j in joint if j is not None) == pytest.approx(
         pooled_mean(RequestSums.of(traces))
     )
 
 
 def test_a_position_that_was_never_reached_has_no_conditional_acceptance() -> None:
-    positions = position_acceptance([trace_of([0, 0])], block_size=4)
+    positions = position_acceptance([trace_of([0, 0])], num_drafts=3)
     assert positions.joint == [0.0, 0.0, 0.0]
     assert positions.conditional == [0.0, None, None]
-    narrow = position_acceptance([trace_of([0], width=1)], block_size=4)
+    narrow = position_acceptance([trace_of([0], width=1)], num_drafts=3)
     assert narrow.joint == [None, None, None]
 
 
