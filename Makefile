@@ -9,7 +9,8 @@ NOT_IN_TEST := not gpu and not slow and not soak
 TEST_ENV := HF_HUB_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test quick check soak official-check clean
+.PHONY: help demo test quick check soak mutants official-check drafter \
+  bench-train bench-growth clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,9 +32,21 @@ check: $(VENV)/.stamp-dev  ## format, lint and types
 soak: $(VENV)/.stamp-dev  ## kill real runs at random moments and compare their ends
 	$(TEST_ENV) $(BIN)/python -m pytest -m soak tests/end_to_end
 
+mutants: $(VENV)/.stamp-dev  ## break the code on purpose; which test notices? some: ONLY=mask
+	$(BIN)/python tests/mutants/mutants.py $(if $(ONLY),--only "$(ONLY)")
+
 official-check: $(VENV)/.stamp-dev  ## after demo: our decoder against the PyPI package dflash
 	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/official dflash==0.1.0
 	PYTHONPATH=$(VENV)/official $(TEST_ENV) $(BIN)/python tests/end_to_end/official_package.py
+
+drafter: $(VENV)/.stamp-demo  ## train the best SmolLM2 drafter into the cache: GSM8K=DIR
+	$(BIN)/python benchmarks/gsm8k.py drafter $(if $(GSM8K),--gsm8k "$(GSM8K)") $(SETTINGS)
+
+bench-train: $(VENV)/.stamp-rivals  ## one optimiser step beside three rivals, on an idle machine
+	$(BIN)/python -m benchmarks.bench_train --rivals $(VENV)/rivals
+
+bench-growth: $(VENV)/.stamp-dev  ## time and memory of a step against T, A and V
+	$(BIN)/python -m benchmarks.bench_growth
 
 clean:  ## remove .venv and what tools leave behind; keeps runs/
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
@@ -46,6 +59,15 @@ $(VENV)/.stamp-demo: $(PINS) | $(BIN)/python
 $(VENV)/.stamp-dev: $(PINS) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable ".[dev]" --constraint constraints.txt
 	touch $(VENV)/.stamp-demo $@
+
+# Without their dependencies: both pin other versions of torch and transformers.
+$(VENV)/.stamp-rivals: $(VENV)/.stamp-dev
+	rm -rf $(VENV)/rivals
+	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/rivals/speculators \
+	  speculators==0.9.0 hs-connectors==0.9.0 openai==3.54.0 datasets==5.1.0 \
+	  pydantic-settings==2.16.3 loguru==0.7.3
+	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/rivals/specforge specforge==0.2.0
+	touch $@
 
 # Debian's python3 without python3-venv cannot put pip into a new environment by itself.
 $(BIN)/python:
