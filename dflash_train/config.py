@@ -492,16 +492,10 @@ class RecipeConfig:
             f"data.teacher_top_k (={top_k}) keeps none. Set data.teacher_top_k to 8 and run "
             "`collect`, or these terms to 0.",
         )
-        shape = self.drafter
-        restricting = [
-            f"drafter.{name} (={getattr(shape, name)})"
-            for name in ("selector_top_k", "markov_rank", "draft_vocab_size")
-            if getattr(shape, name) is not None
-        ]
         require(
-            self.training.head_sample == 0 or not restricting,
-            f"training.head_sample (={self.training.head_sample}) trains a plain head over the "
-            f"whole vocabulary, which {' and '.join(restricting)} changes. Set "
+            self.training.head_sample == 0 or self.drafter.draft_vocab_size is None,
+            f"training.head_sample (={self.training.head_sample}) samples the whole vocabulary, "
+            f"which drafter.draft_vocab_size (={self.drafter.draft_vocab_size}) reduces. Set "
             "training.head_sample to 0.",
         )
 

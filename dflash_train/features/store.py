@@ -183,25 +183,35 @@ class FeatureStore:
     def __getitem__(self, position: int) -> FeatureRow:
         """Read one row; features keep the stored dtype."""
         line = self._lines[position]
-        shard = self._open_shard(line.shard)
-        first, end = (int(bound) for bound in shard.get_slice("offsets")[line.row : line.row + 2])
+        shard, tokens = self._locate(line)
         return FeatureRow(
             id=line.id,
             tenant=line.tenant,
             session=line.session,
-            input_ids=shard.get_slice("input_ids")[first:end],
-            loss_mask=shard.get_slice("loss_mask")[first:end],
-            features=shard.get_slice("features")[first:end],
+            input_ids=shard.get_slice("input_ids")[tokens],
+            loss_mask=shard.get_slice("loss_mask")[tokens],
+            features=shard.get_slice("features")[tokens],
             max_length=line.max_length,
             finish_reason=line.finish_reason,
             weight=line.weight,
-            teacher=_read_teacher(shard, first, end),
+            teacher=_read_teacher(shard, tokens),
         )
+
+    def read_tokens(self, position: int) -> tuple[Tensor, Tensor]:
+        """Read a row's `input_ids` and `loss_mask` alone, 9 bytes a token."""
+        shard, tokens = self._locate(self._lines[position])
+        return shard.get_slice("input_ids")[tokens], shard.get_slice("loss_mask")[tokens]
 
     @property
     def lines(self) -> list[IndexLine]:
         """What is known of every row without reading it, in the order of the store."""
         return self._lines
+
+    def _locate(self, line: IndexLine) -> tuple[Any, slice]:
+        """Give a row's open shard and its tokens' places in there."""
+        shard = self._open_shard(line.shard)
+        first, end = shard.get_slice("offsets")[line.row : line.row + 2].tolist()
+        return shard, slice(first, end)
 
     def _open_shard(self, name: str) -> Any:
         if name not in self._shards:
@@ -215,10 +225,10 @@ class FeatureStore:
         return self._shards[name]
 
 
-def _read_teacher(shard: Any, first: int, end: int) -> TeacherRow | None:
+def _read_teacher(shard: Any, tokens: slice) -> TeacherRow | None:
     if "teacher_ids" not in shard.keys():
         return None
     return TeacherRow(
-        ids=shard.get_slice("teacher_ids")[first:end],
-        probabilities=shard.get_slice("teacher_probabilities")[first:end],
+        ids=shard.get_slice("teacher_ids")[tokens],
+        probabilities=shard.get_slice("teacher_probabilities")[tokens],
     )

@@ -205,9 +205,11 @@ def _sweep(
     if drafter.markov_head is None:
         return sweep_head(hidden_SE, targets, sweep)
     latents_Sr = drafter.markov_head.latents(hidden_SE, previous_S)
-    return sweep_with_bias(
-        hidden_SE, latents_Sr, drafter.markov_head.markov_w2.weight, targets=targets, head=sweep
-    )
+    table_Vr = drafter.markov_head.markov_w2.weight
+    if head.draft_token_ids is not None and drafter.config.draft_vocab_size is None:
+        # A sample of the head; a reduced drafter's table has the rows of its head already.
+        table_Vr = table_Vr.index_select(0, head.draft_token_ids)
+    return sweep_with_bias(hidden_SE, latents_Sr, table_Vr, targets=targets, head=sweep)
 
 
 def _count(

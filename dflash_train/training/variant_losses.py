@@ -38,11 +38,11 @@ def selector_terms(
 
     Args:
         drafter: A DFlash 2 drafter.
-        head: The whole head.
+        head: The whole head, or a sample of it.
         hidden_SE: `[S, E]`; gradients flow to it and to the selector.
         previous_S: `[S]` int64, token before each slot's label.
-        labels_S: `[S]` int64.
-        candidates_SC: `[S, C]` int64, best first.
+        labels_S: `[S]` int64, rows of the head.
+        candidates_SC: `[S, C]` int64, rows of the head, best first.
     """
     is_found_S = (candidates_SC == labels_S[:, None]).any(dim=1)
     offered_SC = candidates_SC.clone()
@@ -83,12 +83,15 @@ def confidence_loss(
 
 
 def _scores(
-    drafter: Drafter, head: FrozenHead, hidden_cE: Tensor, previous_c: Tensor, ids_cC: Tensor
+    drafter: Drafter, head: FrozenHead, hidden_cE: Tensor, previous_c: Tensor, index_cC: Tensor
 ) -> Tensor:
     assert drafter.candidate_selector is not None
-    rows_cCE = functional.embedding(ids_cC, head.lm_head_weight)
+    rows_cCE = functional.embedding(index_cC, head.lm_head_weight)
     logits_cC = (rows_cCE @ hidden_cE.to(rows_cCE.dtype)[..., None]).squeeze(-1)
     logits_cC = logits_cC.to(torch.promote_types(logits_cC.dtype, torch.float32))
     return drafter.candidate_selector.scores(
-        hidden_cE, previous_c, logits_SC=drafter.shape_logits(logits_cC), ids_SC=ids_cC
+        hidden_cE,
+        previous_c,
+        logits_SC=drafter.shape_logits(logits_cC),
+        ids_SC=head.to_target_ids(index_cC),
     )

@@ -21,8 +21,8 @@ def count_labels(store: FeatureStore, rows: list[int], *, vocab_size: int) -> Te
     """Count how often each id can be a label: `[V]` int64 over the given rows' answers."""
     counts = torch.zeros(vocab_size, dtype=torch.int64)
     for index in rows:
-        row = store[index]
-        counts += torch.bincount(row.input_ids[row.loss_mask], minlength=vocab_size)
+        input_ids, loss_mask = store.read_tokens(index)
+        counts += torch.bincount(input_ids[loss_mask], minlength=vocab_size)
     return counts
 
 

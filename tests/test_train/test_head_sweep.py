@@ -45,8 +45,7 @@ def slots(top_k: int = 0) -> tuple[Tensor, Tensor, SlotTargets]:
 def plain_logits(hidden: Tensor, head: HeadSettings, bias: Tensor | None = None) -> Tensor:
     logits = hidden @ head.weight.T * head.multiplier
     logits = head.cap * torch.tanh(logits / head.cap) if head.cap else logits
-    logits = logits if bias is None else logits + bias
-    return logits if head.log_weights is None else logits + head.log_weights
+    return logits if bias is None else logits + bias
 
 
 def plain_loss(logits: Tensor, targets: SlotTargets, loss: LossConfig) -> Tensor:
@@ -71,16 +70,20 @@ def plain_loss(logits: Tensor, targets: SlotTargets, loss: LossConfig) -> Tensor
 
 
 def assert_same(
-    got: SlotTerms, hidden: Tensor, logits: Tensor, targets: SlotTargets, loss: LossConfig
+    got: SlotTerms, inputs: list[Tensor], logits: Tensor, targets: SlotTargets, head: HeadSettings
 ) -> None:
-    want, weights = plain_loss(logits, targets, loss), torch.rand(NUM_SLOTS).double()
+    """Compare terms and gradients with those of `plain_logits`."""
+    weighted = logits if head.log_weights is None else logits + head.log_weights
+    want, weights = plain_loss(weighted, targets, head.loss), torch.rand(NUM_SLOTS).double()
     assert_close("loss", got.loss.detach(), want.detach(), 1e-10)
-    ce = functional.cross_entropy(logits.detach(), targets.labels, reduction="none")
+    ce = functional.cross_entropy(weighted.detach(), targets.labels, reduction="none")
     assert_close("ce", got.ce, ce, 1e-10)
     assert torch.equal(got.is_correct, logits.argmax(1) == targets.labels)
-    (grad,) = torch.autograd.grad((got.loss * weights).sum(), hidden)
-    (want_grad,) = torch.autograd.grad((want * weights).sum(), hidden)
-    assert_close("d hidden", grad, want_grad, 1e-10)
+    assert torch.equal(got.candidates, logits.topk(head.num_candidates).indices)
+    gradients = torch.autograd.grad((got.loss * weights).sum(), inputs)
+    wanted = torch.autograd.grad((want * weights).sum(), inputs)
+    for number, (grad, want_grad) in enumerate(zip(gradients, wanted, strict=True)):
+        assert_close(f"d input {number}", grad, want_grad, 1e-10)
 
 
 @pytest.mark.parametrize(("multiplier", "cap"), SHAPES)
@@ -92,7 +95,7 @@ def test_the_sweep_equals_all_logits_at_once(
     hidden, weight, targets = slots(0 if mix == "ce" else 5)
     head = HeadSettings(weight=weight, loss=MIXES[mix], multiplier=multiplier, cap=cap, chunk=chunk)
     got = sweep_head(hidden, targets, head)
-    assert_same(got, hidden, plain_logits(hidden, head), targets, head.loss)
+    assert_same(got, [hidden], plain_logits(hidden, head), targets, head)
 
 
 def test_a_teacher_of_all_ids_gives_the_whole_divergence():
@@ -124,15 +127,19 @@ def test_mass_on_ids_that_the_head_lacks_goes_to_the_rest():
     targets.teacher_p *= targets.teacher_ids >= 0
     head = HeadSettings(weight=weight, loss=MIXES["all"], chunk=5)
     got = sweep_head(hidden, targets, head)
-    assert_same(got, hidden, plain_logits(hidden, head), targets, head.loss)
+    assert_same(got, [hidden], plain_logits(hidden, head), targets, head)
 
 
-def test_log_weights_count_in_the_softmax_and_in_the_argmax():
+def test_log_weights_count_in_the_softmax_and_rank_nothing():
     hidden, weight, targets = slots(3)
     log_weights = torch.randn(VOCABULARY).double() * 3
-    head = HeadSettings(weight=weight, loss=MIXES["all"], log_weights=log_weights, cap=4.0)
-    got = sweep_head(hidden, targets, head)
-    assert_same(got, hidden, plain_logits(hidden, head), targets, head.loss)
+    head = HeadSettings(
+        weight=weight, loss=MIXES["all"], log_weights=log_weights, cap=4.0, num_candidates=5
+    )
+    logits = plain_logits(hidden, head)
+    targets.labels[:8] = logits[:8].argmax(1)
+    assert not torch.equal(logits.argmax(1), (logits + log_weights).argmax(1))
+    assert_same(sweep_head(hidden, targets, head), [hidden], logits, targets, head)
 
 
 def test_candidates_are_the_best_logits_in_order():
@@ -172,27 +179,72 @@ def test_logits_of_low_precision_are_summed_in_float32(mix: str):
     assert_close("d hidden", grad, torch.autograd.grad(want.sum(), exact)[0], 2e-2)
 
 
+def bias_of() -> tuple[Tensor, Tensor]:
+    latents = torch.randn(NUM_SLOTS, RANK, dtype=torch.float64, requires_grad=True)
+    return latents, torch.randn(VOCABULARY, RANK, dtype=torch.float64, requires_grad=True)
+
+
 @pytest.mark.parametrize(("multiplier", "cap"), SHAPES)
-@pytest.mark.parametrize("mix", ["ce", "all"])
-def test_a_trained_bias_gets_its_gradients_chunk_by_chunk(
-    multiplier: float, cap: float | None, mix: str
+@pytest.mark.parametrize("chunk", [1, 7, 1000])
+@pytest.mark.parametrize("mix", MIXES)
+def test_a_trained_bias_gives_all_gradients(
+    multiplier: float, cap: float | None, chunk: int, mix: str
 ):
     hidden, weight, targets = slots(0 if mix == "ce" else 5)
-    latents = torch.randn(NUM_SLOTS, RANK, dtype=torch.float64, requires_grad=True)
-    table = torch.randn(VOCABULARY, RANK, dtype=torch.float64, requires_grad=True)
-    head = HeadSettings(weight=weight, loss=MIXES[mix], multiplier=multiplier, cap=cap, chunk=40)
+    latents, table = bias_of()
+    if mix != "ce":
+        targets.teacher_ids[::2, 1] = -1
+        targets.teacher_ids[:4, 0] = targets.labels[:4]
+        targets.teacher_p *= targets.teacher_ids >= 0
+    head = HeadSettings(weight=weight, loss=MIXES[mix], multiplier=multiplier, cap=cap, chunk=chunk)
     got = sweep_with_bias(hidden, latents, table, targets=targets, head=head)
     logits = plain_logits(hidden, head, latents @ table.T)
-    want, weights = plain_loss(logits, targets, head.loss), torch.rand(NUM_SLOTS).double()
-    inputs = (hidden, latents, table)
-    gradients = torch.autograd.grad((got.loss * weights).sum(), inputs)
-    wanted = torch.autograd.grad((want * weights).sum(), inputs, retain_graph=True)
-    for name, grad, want_grad in zip(
-        ("hidden", "latents", "table"), gradients, wanted, strict=True
-    ):
-        assert_close(f"d {name}", grad, want_grad, 1e-10)
-    again = sweep_with_bias(hidden, latents, table, targets=targets, head=head)
-    assert_same(again, hidden, logits, targets, head.loss)
+    assert_same(got, [hidden, latents, table], logits, targets, head)
+
+
+def test_log_weights_and_candidates_go_with_a_bias():
+    hidden, weight, targets = slots(3)
+    latents, table = bias_of()
+    log_weights = torch.randn(VOCABULARY).double() * 3
+    head = HeadSettings(
+        weight=weight,
+        loss=MIXES["all"],
+        log_weights=log_weights,
+        cap=4.0,
+        num_candidates=5,
+        chunk=9,
+    )
+    logits = plain_logits(hidden, head, latents @ table.T)
+    targets.labels[:8] = logits[:8].argmax(1)
+    got = sweep_with_bias(hidden, latents, table, targets=targets, head=head)
+    assert_same(got, [hidden, latents, table], logits, targets, head)
+
+
+def test_a_bias_of_zero_is_the_plain_sweep():
+    hidden, weight, targets = slots(5)
+    latents, table = (torch.zeros_like(x) for x in bias_of())
+    head = HeadSettings(weight=weight, loss=MIXES["all"], cap=3.0, chunk=6)
+    plain = sweep_head(hidden, targets, head)
+    biased = sweep_with_bias(hidden, latents, table, targets=targets, head=head)
+    assert torch.equal(plain.loss, biased.loss)
+    assert torch.equal(plain.overlap, biased.overlap)
+
+
+@pytest.mark.parametrize("mix", ["ce", "all"])
+def test_a_bias_on_logits_of_low_precision_keeps_the_dtypes_of_its_gradients(mix: str):
+    hidden, weight, targets = slots(0 if mix == "ce" else 5)
+    rounded = weight.bfloat16()
+    exact = [x.detach().bfloat16().double().requires_grad_() for x in (hidden, *bias_of())]
+    low = [x.detach().float().requires_grad_() for x in exact]
+    head = HeadSettings(weight=rounded, loss=MIXES[mix], chunk=8)
+    got = sweep_with_bias(*low, targets=targets, head=head)
+    want = plain_loss(exact[0] @ rounded.double().T + exact[1] @ exact[2].T, targets, head.loss)
+    assert got.loss.dtype == torch.float32
+    assert_close("loss", got.loss.detach(), want.detach(), 5e-3)
+    gradients = torch.autograd.grad(got.loss.sum(), low)
+    for grad, want_grad in zip(gradients, torch.autograd.grad(want.sum(), exact), strict=True):
+        assert grad.dtype == torch.float32
+        assert_close("gradient", grad, want_grad, 2e-2)
 
 
 def test_no_slot_gives_an_empty_loss_and_no_gradient():
@@ -204,4 +256,15 @@ def test_no_slot_gives_an_empty_loss_and_no_gradient():
     got = sweep_head(hidden[:0], none, HeadSettings(weight=weight, loss=MIXES["all"]))
     assert got.loss.shape == (0,)
     (grad,) = torch.autograd.grad(got.loss.sum(), hidden)
+    assert not grad.any()
+    latents, table = bias_of()
+    got = sweep_with_bias(
+        hidden[:0],
+        latents[:0],
+        table,
+        targets=none,
+        head=HeadSettings(weight=weight, loss=MIXES["all"]),
+    )
+    (grad,) = torch.autograd.grad(got.loss.sum(), table)
+    assert grad.shape == table.shape
     assert not grad.any()

@@ -23,6 +23,7 @@ from dflash_train.training.losses import (
     head_rows,
     position_weights,
 )
+from dflash_train.training.vocabulary import SampledHead, sample_head
 
 K, TOP_K = 4, 5
 VARIANT_NAMES = ["plain", "scaled", "dflash2", "dspark", "dspark_gated", "reduced"]
@@ -103,13 +104,17 @@ def loss_and_gradients(
     loss: LossConfig,
     *,
     chunk: int = 6,
+    sample: SampledHead | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Sum over batches, divided by the denominator of all of them."""
     drafter.zero_grad()
     weights = fixed_weights(loss, drafter.config)
-    settings = LossSettings(loss=loss, slot_weights=weights, chunk=chunk)
+    rows = sample or SampledHead(head=drafter.output_head(target.head), log_weights=None)
+    head = rows.head
+    settings = LossSettings(
+        loss=loss, slot_weights=weights, chunk=chunk, log_weights=rows.log_weights
+    )
     total = torch.zeros((), dtype=torch.float64)
-    head = drafter.output_head(target.head)
     for batch in batches:
         embeddings = block_embeddings(
             target.head, batch.anchor_ids, num_slots=K, config=drafter.config
@@ -141,10 +146,11 @@ def plain_slot(
     row: FeatureRow,
     position: int,
     loss: LossConfig,
+    sample: SampledHead | None,
 ) -> tuple[Tensor, Tensor]:
     """Give the loss and the cross entropy of one slot, all heads written out."""
     config = drafter.config
-    ids = drafter.output_head(target.head).draft_token_ids
+    ids = (drafter.output_head(target.head) if sample is None else sample.head).draft_token_ids
     ids = torch.arange(config.vocab_size) if ids is None else ids
     label, previous = row.input_ids[position], row.input_ids[position - 1]
     logits = target.head.lm_head_weight[ids] @ hidden * config.output_multiplier
@@ -156,8 +162,10 @@ def plain_slot(
         if drafter.markov_head.gate_proj is not None:
             gate = drafter.markov_head.gate_proj(torch.cat([hidden, latent]))
             latent = torch.sigmoid(gate) * latent
-        logits = logits + drafter.markov_head.markov_w2.weight @ latent
-    q = logits.softmax(0)
+        bias = drafter.markov_head.markov_w2.weight @ latent
+        logits = logits + (bias if sample is None else bias[ids])
+    log_weights = None if sample is None else sample.log_weights
+    q = (logits if log_weights is None else logits + log_weights).softmax(0)
     ce = -q[ids == label].log().squeeze()
     assert row.teacher is not None
     kept = [
@@ -169,7 +177,7 @@ def plain_slot(
     ]
     is_rest = torch.ones(len(ids), dtype=torch.bool)
     is_rest[[place for place, _ in kept]] = False
-    p = torch.stack([p for _, p in kept] + [1 - sum(p for _, p in kept)])  # type: ignore[arg-type]
+    p = torch.stack([p for _, p in kept] + [1 - sum((p for _, p in kept), torch.zeros(()))])
     r = torch.stack([q[place] for place, _ in kept] + [q[is_rest].sum()])
     kl, tv = (p * (p / r).log()).sum(), 0.5 * (p - r).abs().sum()
     share = torch.exp(-loss.lk_eta * (1 - tv.detach()))
@@ -177,13 +185,14 @@ def plain_slot(
     total = total + loss.lk_lambda * (share * kl + (1 - share) * tv)
     selector = drafter.candidate_selector
     if selector is not None:
-        best = logits.topk(selector.top_k).indices.tolist()
+        best = ids[logits.topk(selector.top_k).indices].tolist()
         if label not in best:
             best[-1] = int(label)
+        offered = [int((ids == token).nonzero()) for token in best]
         wanted = selector.predecessor_codebook[previous] * (
             selector.hidden_projection.weight @ hidden
         )
-        scores = unary[best] + selector.successor_codebook[best] @ wanted
+        scores = unary[offered] + selector.successor_codebook[best] @ wanted
         place = torch.tensor(best.index(int(label)))
         total = total + loss.selector * functional.cross_entropy(scores, place)
     if drafter.confidence_head is not None:
@@ -198,7 +207,13 @@ def plain_slot(
 
 
 def plain_loss(
-    drafter: Drafter, target: Target, rows: list[FeatureRow], batch: TrainingBatch, loss: LossConfig
+    drafter: Drafter,
+    target: Target,
+    rows: list[FeatureRow],
+    batch: TrainingBatch,
+    loss: LossConfig,
+    *,
+    sample: SampledHead | None = None,
 ) -> Tensor:
     """Write the loss out block by block from cached decode steps."""
     first, ids = drafter.config.first_slot, drafter.output_head(target.head).draft_token_ids
@@ -217,7 +232,7 @@ def plain_loss(
                 is_known = position < len(row.input_ids) and bool(row.loss_mask[position])
                 if not is_known or (ids is not None and row.input_ids[position] not in ids):
                     break
-                block.append(plain_slot(drafter, target, hidden[slot], row, position, loss))
+                block.append(plain_slot(drafter, target, hidden[slot], row, position, loss, sample))
             survival = [1.0]
             for _, ce in block:
                 u = (1 - loss.dpace_alpha) * math.exp(-float(ce)) + loss.dpace_alpha
@@ -243,6 +258,41 @@ def test_loss_and_gradients_are_those_of_the_definition(
     got = loss_and_gradients(drafter, target64, [batch], LOSSES[name])
     want = plain_loss(drafter, target64, rows, batch, LOSSES[name])
     assert_same(got, (want.detach(), gradients_of(want, drafter)))
+
+
+def sample_of(target: Target, rows: list[FeatureRow], *, num_drawn: int) -> SampledHead:
+    is_label = torch.zeros(len(target.head.lm_head_weight), dtype=torch.bool)
+    is_label[torch.cat([row.input_ids[row.loss_mask] for row in rows])] = True
+    return sample_head(target.head, is_label, num_drawn=num_drawn, seed=0, step=0)
+
+
+SAMPLED_VARIANTS = ["plain", "scaled", "dflash2", "dspark", "dspark_gated"]
+
+
+@pytest.mark.parametrize("variant", SAMPLED_VARIANTS)
+@pytest.mark.parametrize("name", ["decay", "none", "dspark", "dpace_soft"])
+def test_a_sampled_head_gives_the_loss_and_gradients_of_the_definition(
+    target64: Target, rows: list[FeatureRow], variant: str, name: str
+):
+    drafter, sample = drafter_of(target64, variant), sample_of(target64, rows, num_drawn=90)
+    batch = collate(rows, settings_of(drafter, target64), epoch=0)
+    got = loss_and_gradients(drafter, target64, [batch], LOSSES[name], sample=sample)
+    want = plain_loss(drafter, target64, rows, batch, LOSSES[name], sample=sample)
+    assert_same(got, (want.detach(), gradients_of(want, drafter)))
+
+
+@pytest.mark.parametrize("variant", SAMPLED_VARIANTS)
+def test_a_sample_of_the_whole_vocabulary_is_the_full_head_to_the_bit(
+    target64: Target, rows: list[FeatureRow], variant: str
+):
+    drafter, sample = drafter_of(target64, variant), sample_of(target64, rows, num_drawn=260)
+    batch = collate(rows, settings_of(drafter, target64), epoch=0)
+    loss, gradients = loss_and_gradients(drafter, target64, [batch], DSPARK, sample=sample)
+    want_loss, want_gradients = loss_and_gradients(drafter, target64, [batch], DSPARK)
+    assert sample.head.draft_token_ids is not None
+    assert torch.equal(loss, want_loss)
+    for parameter, gradient in gradients.items():
+        assert torch.equal(gradient, want_gradients[parameter]), parameter
 
 
 @pytest.mark.parametrize("variant", ["plain", "dflash2", "dspark"])
@@ -370,3 +420,12 @@ def test_rows_of_a_reduced_head_are_found_and_the_others_are_minus_one():
     reduced = head.restricted(torch.tensor([1, 4, 7]))
     assert head_rows(reduced, torch.tensor([4, 0, 7, 8, 1])).tolist() == [1, -1, 2, -1, 0]
     assert head_rows(head, torch.tensor([4, 0])).tolist() == [4, 0]
+
+
+def test_dpace_weights_are_constants_of_the_gradient():
+    ce = torch.tensor([[9.0, 0.5, 0.2, 1.5]], dtype=torch.float64, requires_grad=True)
+    mask = torch.tensor([[False, True, True, True]])
+    weights = dpace_weights(ce, mask, alpha=0.5)
+    assert not weights.requires_grad
+    (grad,) = torch.autograd.grad((weights * ce).sum(), ce)
+    assert torch.equal(grad, weights)

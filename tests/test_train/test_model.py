@@ -192,3 +192,32 @@ def test_a_reduced_vocabulary_drafts_the_best_of_its_own_ids(target32: Target):
     assert head.logits(hidden).shape == (40, 3)
     plain = tiny_drafter(target32)
     assert plain.output_head(target32.head) is target32.head
+
+
+@pytest.mark.parametrize("theta", [10_000.0, 500_000.0])
+def test_rotation_angles_are_positions_times_powers_of_the_targets_theta(theta: float):
+    target = tiny_target()
+    target.model.config.rope_parameters = {"rope_type": "default", "rope_theta": theta}
+    drafter = tiny_drafter(target)
+    positions, head_dim = torch.tensor([0, 1, 7, 63]), drafter.config.head_dim
+    frequencies = theta ** (-torch.arange(0, head_dim, 2).double() / head_dim)
+    angles = (positions[:, None] * frequencies).repeat(1, 2)  # neox: both halves alike
+    cos, sin = drafter.rotary_emb(torch.zeros(1), positions[None])
+    assert_close("cos", cos[0], angles.cos(), 1e-5)
+    assert_close("sin", sin[0], angles.sin(), 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("is_causal", "full_is_causal", "sliding_is_causal"),
+    [(None, False, True), (True, True, True), (False, False, False)],
+)
+def test_causality_follows_the_layer_type_unless_it_is_set(
+    target32: Target, is_causal: bool | None, full_is_causal: bool, sliding_is_causal: bool
+):
+    config = tiny_drafter(target32, **VARIANTS["mixed"], is_causal=is_causal).config
+    full, sliding = config.layer_visibility()
+    assert (full.window, full.is_causal) == (None, full_is_causal)
+    assert (sliding.window, sliding.is_causal) == (
+        VARIANTS["mixed"]["sliding_window"],
+        sliding_is_causal,
+    )

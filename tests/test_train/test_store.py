@@ -27,6 +27,9 @@ def test_rows_come_back_in_order_and_in_the_stored_dtype(rows, write_split, tmp_
         for name in ("id", "tenant", "session", "max_length", "finish_reason", "weight"):
             assert getattr(read, name) == getattr(row, name)
         assert read.prompt_length == (5, 11, 7)[position]
+        input_ids, loss_mask = store.read_tokens(position)
+        assert torch.equal(input_ids, row.input_ids)
+        assert torch.equal(loss_mask, row.loss_mask)
         line = store.lines[position]
         assert (line.num_tokens, line.prompt_length) == (len(row.input_ids), read.prompt_length)
 

@@ -40,12 +40,13 @@ def test_nested_values_get_slash_separated_names():
 
 
 def test_wandb_runs_offline_in_the_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_SILENT", "true")
     config = TrackingConfig(wandb=True, wandb_mode=WandbMode.offline)
     tracker = WandbTracker(config, run_dir=tmp_path, name="tiny", settings={"seed": 0})
     tracker.log(10, {"loss": 1.5, "validation": {"acceptance_length": {"pooled": 2.0}}})
     tracker.close()
+    wandb.teardown()  # its service writes the file and may still be at it
     (written,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
     content = written.read_bytes()
     assert b"acceptance_length/pooled" in content

@@ -310,6 +310,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "muon": {"groups": {"optim": OptimConfig(name=OptimizerName.muon, schedule=ScheduleName.wsd)}},
     "dpace": {"groups": {"loss": DPACE}},
     "sampled_head": {"head_sample": 40},
+    "sampled_dflash2": {"head_sample": 40, "shape": VARIANTS["dflash2"]},
+    "sampled_dspark": {"head_sample": 40, "shape": VARIANTS["dspark"]},
     "dflash2": {"shape": VARIANTS["dflash2"], "groups": {"loss": DPACE}, "ema_decay": 0.9},
     "dspark": {"shape": VARIANTS["dspark"], "groups": {"loss": DPACE}},
     "reduced": {"shape": {"draft_vocab_size": 60}, "ema_decay": 0.9},
