@@ -19,13 +19,8 @@ from dflash_train.drafter.config import DrafterConfig
 from dflash_train.drafter.model import Drafter
 from dflash_train.features.target import FrozenHead
 from dflash_train.training.batching import TrainingBatch
-from dflash_train.training.head_sweep import (
-    HeadSettings,
-    SlotTargets,
-    SlotTerms,
-    sweep_head,
-    sweep_with_bias,
-)
+from dflash_train.training.head_sweep import SlotTerms, sweep_head, sweep_with_bias
+from dflash_train.training.head_tiles import HeadSettings, SlotTargets
 from dflash_train.training.metrics import TrainingCounts
 from dflash_train.training.variant_losses import confidence_loss, selector_terms
 

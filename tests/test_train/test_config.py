@@ -114,7 +114,10 @@ def test_a_drafter_that_does_not_fit_its_target_is_refused(settings: DrafterSett
     ("overrides", "message"),
     [
         (["loss.kl=0.5"], r"loss\.kl \(above 0\).*data\.teacher_top_k \(=0\)"),
-        (["training.head_sample=9", "drafter.draft_vocab_size=40"], r"head_sample.*draft_vocab_size"),
+        (
+            ["training.head_sample=9", "drafter.draft_vocab_size=40"],
+            r"head_sample.*draft_vocab_size",
+        ),
         (["training.max_steps=null"], r"training\.max_steps.*training\.minutes"),
         (["loss.weighting=dpace", "loss.decay_gamma=4"], r"loss\.decay_gamma.*loss\.weighting"),
         (["optim.decay_share=1.0"], r"optim\.decay_share"),

@@ -7,14 +7,9 @@ from torch.nn import functional
 
 from dflash_train.config import LossConfig
 from dflash_train.testing import assert_close
-from dflash_train.training import head_sweep
-from dflash_train.training.head_sweep import (
-    HeadSettings,
-    SlotTargets,
-    SlotTerms,
-    sweep_head,
-    sweep_with_bias,
-)
+from dflash_train.training import head_tiles
+from dflash_train.training.head_sweep import SlotTerms, sweep_head, sweep_with_bias
+from dflash_train.training.head_tiles import HeadSettings, SlotTargets
 
 NUM_SLOTS, VOCABULARY, WIDTH, RANK = 23, 61, 15, 4
 SHAPES = [(1.0, None), (0.7, None), (1.0, 3.0), (1.7, 2.0)]
@@ -30,7 +25,7 @@ MIXES = {
 
 @pytest.fixture(params=[16, 2048], ids=["tiles", "one_tile"], autouse=True)
 def _tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(head_sweep, "CPU_TILE", request.param)
+    monkeypatch.setattr(head_tiles, "CPU_TILE", request.param)
 
 
 def slots(top_k: int = 0) -> tuple[Tensor, Tensor, SlotTargets]:
