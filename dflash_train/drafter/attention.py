@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dflash_train.drafter.block_attention import Blocks, ContextKV, block_attention
 from dflash_train.drafter.config import DrafterConfig, Visibility
+from dflash_train.drafter.fused import RMSNorm
 
 
 class ContextCache:
@@ -69,8 +70,8 @@ class InjectedAttention(nn.Module):
         self.k_proj = nn.Linear(width, config.num_key_value_heads * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(width, config.num_key_value_heads * self.head_dim, bias=bias)
         self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, width, bias=bias)
-        self.q_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
-        self.k_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        self.q_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        self.k_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
 
     def keys_values(self, x: Tensor, cos: Tensor, sin: Tensor) -> ContextKV:
         """Project rows `[..., E]` to keys (normed, rotated) and values, `[..., G, D]` each."""

@@ -1,15 +1,17 @@
 """Attention of many blocks to their documents' context and to themselves, one softmax over both.
 
 The visibility rule is structure here, not a mask over all pairs. Neighbouring anchors of one
-document form a group; a group's queries meet only the context rows that one of its slots can see
-and each block its own K slots, so cost grows with A*K*(T + K). Scores exist for one group at a
-time: the backward pass computes them again from the queries and keys, which is faster than reading
-them back and leaves nothing of size A*K*T in memory. Anchors may come in any order, but groups cut
-the context best when they ascend.
+document form a group; a group's queries meet only the context rows that one of its slots can see,
+and each block its own K slots, so cost grows with A*K*(T + K). Both parts are computed apart and
+merged by their log-sum-exp: the own part is one small product for all blocks at once, and the
+context part never leaves the memory layout that products are fastest in. Scores over the context
+exist for one group at a time: the backward pass computes them again from the queries and keys,
+which is faster than reading them back and leaves nothing of size A*K*T in memory. Anchors may come
+in any order, but groups cut the context best when they ascend.
 
 Legend: A blocks, a blocks of one group, K slots of a block, T context rows of all documents laid
 end to end, t context rows that a group meets, G kv heads, R query heads per kv head, H = G * R
-heads, M = K * R query rows of a block and kv head, D head dim.
+heads, M = K * R query rows of a block and kv head, N = A * M, n = a * M, D head dim.
 """
 
 import functools
@@ -22,7 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from dflash_train.drafter.config import Visibility
 
-SCORES_AT_ONCE = {"cpu": 1 << 17}
+SCORES_AT_ONCE = {"cpu": 1 << 19}
 """Scores of one group, by device type: on a CPU they stay in the cache (measured)."""
 SCORES_AT_ONCE_ELSEWHERE = 1 << 26
 
@@ -81,13 +83,19 @@ def block_attention(
     num_blocks, num_slots, num_heads, head_dim = q_AKHD.shape
     num_kv_heads, dtype = context.k.shape[1], block_v_AKGD.dtype
     q_AKGRD = q_AKHD.unflatten(2, (num_kv_heads, -1)) * head_dim**-0.5
-    out_GAMD = _GroupedAttention.apply(
-        q_AKGRD.permute(2, 0, 1, 3, 4).flatten(2, 3).to(dtype),
-        context.k.transpose(0, 1).to(dtype),
-        context.v.transpose(0, 1).to(dtype),
-        block_k_AKGD.permute(2, 0, 1, 3).to(dtype),
+    slots_K = torch.arange(num_slots, device=q_AKHD.device)
+    # Laid out once here, so that the rows of a group are views below.
+    parts = (
+        q_AKGRD.permute(2, 0, 1, 3, 4).flatten(2, 3),
+        context.k.transpose(0, 1),
+        context.v.transpose(0, 1),
+        block_k_AKGD.permute(2, 0, 1, 3),
         block_v_AKGD.permute(2, 0, 1, 3),
+    )
+    out_GAMD = _GroupedAttention.apply(
+        *(part.to(dtype).contiguous() for part in parts),
         _groups(blocks, visibility, num_slots=num_slots, num_heads=num_heads),
+        _hidden_slots(visibility, slots_K, blocks.widths),
     )
     out_GAKRD = out_GAMD.unflatten(2, (num_slots, -1))
     return out_GAKRD.permute(1, 2, 0, 3, 4).reshape(num_blocks, num_slots, num_heads, head_dim)
@@ -103,14 +111,15 @@ class _Group:
     """First of the group's context rows that is hidden from some of its slots."""
     hidden_rows: Tensor
     """`[a, 1, t - edge]` bool, or `[a, K, t - edge]` in a window: rows from `edge` on."""
-    hidden_slots: Tensor | None
-    """`[1, K, K]` or `[a, K, K]` bool; None where the slots of a block all see each other."""
 
 
 def _groups(
     blocks: Blocks, visibility: Visibility, *, num_slots: int, num_heads: int
 ) -> list[_Group]:
-    """Cut each document's blocks into groups of at most `SCORES_AT_ONCE` scores."""
+    """Cut each document's blocks into groups of at most `SCORES_AT_ONCE` scores.
+
+    Blocks that see no context row at all are in no group.
+    """
     device = blocks.anchor_positions.device
     scores = SCORES_AT_ONCE.get(device.type, SCORES_AT_ONCE_ELSEWHERE)
     limit = scores // (num_heads * num_slots)  # keys, summed over the blocks of a group
@@ -123,11 +132,12 @@ def _groups(
             while stop < end:
                 low, high = min(low, anchors[stop]), max(high, anchors[stop])
                 seen = high - _first_row(low, visibility)
-                if stop > begin and (stop + 1 - begin) * (seen + num_slots) > limit:
+                if stop > begin and (stop + 1 - begin) * seen > limit:
                     break
                 stop += 1
-            chosen = slice(begin, stop)
-            groups.append(_group(blocks, visibility, chosen, document, num_slots=num_slots))
+            group = _group(blocks, visibility, slice(begin, stop), document, num_slots=num_slots)
+            if group.rows.start < group.rows.stop:
+                groups.append(group)
             begin = stop
     return groups
 
@@ -146,26 +156,27 @@ def _group(
     edge = first if visibility.window is not None else low
     rows_t = torch.arange(edge, high, device=anchors_a.device)
     hidden_rows = rows_t >= anchors_a[:, None, None]
-    slots_K = torch.arange(num_slots, device=anchors_a.device)
     if visibility.window is not None:
+        slots_K = torch.arange(num_slots, device=anchors_a.device)
         positions_aK = anchors_a[:, None] + slots_K
         hidden_rows = hidden_rows | (positions_aK[:, :, None] - rows_t >= visibility.window)
-    widths_a = None if blocks.widths is None else blocks.widths[chosen]
     return _Group(
         blocks=chosen,
         rows=slice(offset + first, offset + high),
         edge=edge - first,
         hidden_rows=hidden_rows,
-        hidden_slots=_hidden_slots(visibility, slots_K, widths_a),
     )
 
 
 def _hidden_slots(
-    visibility: Visibility, slots_K: Tensor, widths_a: Tensor | None
+    visibility: Visibility, slots_K: Tensor, widths_A: Tensor | None
 ) -> Tensor | None:
     """Mark pairs (query slot, key slot) of a block that do not meet.
 
     Each slot meets itself, also past the block's width: a row without any key would be NaN.
+
+    Returns:
+        `[1, K, K]` or `[A, K, K]` bool; None where the slots of a block all see each other.
     """
     ahead_KK = slots_K - slots_K[:, None]  # how far the key stands after the query
     hidden = []
@@ -173,13 +184,17 @@ def _hidden_slots(
         hidden.append((ahead_KK > 0)[None])
     if visibility.window is not None:
         hidden.append((ahead_KK.abs() >= visibility.window)[None])
-    if widths_a is not None:
-        hidden.append((slots_K >= widths_a[:, None])[:, None] & (ahead_KK != 0))
+    if widths_A is not None:
+        hidden.append((slots_K >= widths_A[:, None])[:, None] & (ahead_KK != 0))
     return functools.reduce(torch.logical_or, hidden) if hidden else None
 
 
 class _GroupedAttention(torch.autograd.Function):
-    """Softmax attention group by group; keeps its inputs and computes weights again."""
+    """Softmax attention, its context part group by group; keeps its inputs, recomputes weights.
+
+    Over the context alone a softmax gives weights whose merged value is theirs times the context's
+    share, `exp(lse_context - lse)`; the own weights are `exp(scores - lse)`.
+    """
 
     @staticmethod
     def forward(
@@ -190,23 +205,28 @@ class _GroupedAttention(torch.autograd.Function):
         own_k_GAKD: Tensor,
         own_v_GAKD: Tensor,
         groups: list[_Group],
+        hidden_slots: Tensor | None,
     ) -> Tensor:
         """Give `[G, A, M, D]`."""
-        ctx.save_for_backward(q_GAMD, k_GTD, v_GTD, own_k_GAKD, own_v_GAKD)
-        ctx.groups = groups
-        out_GAMD = torch.empty_like(q_GAMD)
+        out_GAMD = torch.zeros_like(q_GAMD)
+        own_scores = _own_scores(q_GAMD, own_k_GAKD, hidden_slots)
+        lse = own_scores.logsumexp(dim=-1, keepdim=True)
+        share = torch.zeros_like(lse)
         for group in groups:
-            own_v = own_v_GAKD[:, group.blocks]
-            weights = _weights(
-                q_GAMD[:, group.blocks],
-                k_GTD[:, group.rows],
-                own_k_GAKD[:, group.blocks],
-                group=group,
-            ).to(own_v.dtype)
-            over_rows, over_slots = _split(weights, own_v)
-            out = over_slots @ own_v
-            out.flatten(1, 2).baddbmm_(over_rows.flatten(1, 2), v_GTD[:, group.rows])
-            out_GAMD[:, group.blocks] = out
+            scores = _context_scores(_rows(q_GAMD, group), k_GTD[:, group.rows], group)
+            weights = scores.softmax(dim=-1)
+            # A softmax does not tell its log-sum-exp, but its largest weight is exp(top - lse).
+            top = scores.amax(dim=-1, keepdim=True)
+            context_lse = top - weights.amax(dim=-1, keepdim=True).log_()
+            lse_group, share_group = _rows(lse, group), _rows(share, group)
+            lse_group.copy_(torch.logaddexp(lse_group, context_lse))
+            share_group.copy_(context_lse.sub_(lse_group).exp_())
+            weights = weights.mul_(share_group).to(v_GTD.dtype)
+            torch.bmm(weights, v_GTD[:, group.rows], out=_rows(out_GAMD, group))
+        own_weights = own_scores.sub_(lse).exp_().to(own_v_GAKD.dtype)
+        _add_products(out_GAMD, own_weights, own_v_GAKD)
+        ctx.save_for_backward(q_GAMD, k_GTD, v_GTD, own_k_GAKD, own_v_GAKD, lse, share)
+        ctx.groups, ctx.hidden_slots = groups, hidden_slots
         return out_GAMD
 
     @staticmethod
@@ -214,54 +234,61 @@ class _GroupedAttention(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride] the decorator hides names
         ctx: Any, *grads: Tensor
     ) -> tuple[Tensor | None, ...]:
-        """Give the gradients of queries, context keys and values, own keys and values."""
-        q_GAMD, k_GTD, v_GTD, own_k_GAKD, own_v_GAKD = ctx.saved_tensors
-        d_q, d_own_k, d_own_v = (torch.empty_like(t) for t in (q_GAMD, own_k_GAKD, own_v_GAKD))
-        d_k, d_v = torch.zeros_like(k_GTD), torch.zeros_like(v_GTD)
+        """Give the gradients of queries, context and own keys and values."""
+        q_GAMD, k_GTD, v_GTD, own_k_GAKD, own_v_GAKD, lse, share = ctx.saved_tensors
+        d_out, dtype = grads[0].contiguous(), q_GAMD.dtype
+        d_q, d_k, d_v = (torch.zeros_like(tensor) for tensor in (q_GAMD, k_GTD, v_GTD))
+
+        own_weights = _own_scores(q_GAMD, own_k_GAKD, ctx.hidden_slots).sub_(lse).exp_()
+        d_own_scores = (d_out @ own_v_GAKD.mT).to(lse.dtype).mul_(own_weights)
+        mean = d_own_scores.sum(dim=-1, keepdim=True)  # of d_weights, over own slots and context
         for group in ctx.groups:
-            blocks, rows = group.blocks, group.rows
-            q, d_out = q_GAMD[:, blocks], grads[0][:, blocks].contiguous()
-            k, own_k, own_v = k_GTD[:, rows], own_k_GAKD[:, blocks], own_v_GAKD[:, blocks]
-            weights = _weights(q, k, own_k, group=group)
-            d_weights = _products(d_out, v_GTD[:, rows], own_v)
-            d_weights -= torch.linalg.vecdot(weights, d_weights)[..., None]
-            d_scores = d_weights.mul_(weights).to(q.dtype)
-
-            over_rows, over_slots = _split(weights.to(q.dtype), own_v)
-            d_own_v[:, blocks] = over_slots.mT @ d_out
-            d_v[:, rows].baddbmm_(over_rows.flatten(1, 2).mT, d_out.flatten(1, 2))
-            over_rows, over_slots = _split(d_scores, own_v)
-            d_q_group = over_slots @ own_k
-            d_q_group.flatten(1, 2).baddbmm_(over_rows.flatten(1, 2), k)
-            d_q[:, blocks] = d_q_group
-            d_own_k[:, blocks] = over_slots.mT @ q
-            d_k[:, rows].baddbmm_(over_rows.flatten(1, 2).mT, q.flatten(1, 2))
-        return d_q, d_k, d_v, d_own_k, d_own_v, None
+            q, k, v = _rows(q_GAMD, group), k_GTD[:, group.rows], v_GTD[:, group.rows]
+            d_out_group, mean_group = _rows(d_out, group), _rows(mean, group)
+            weights = _context_scores(q, k, group).softmax(dim=-1).mul_(_rows(share, group))
+            d_v[:, group.rows].baddbmm_(weights.to(dtype).mT, d_out_group)
+            d_scores = (d_out_group @ v.mT).to(lse.dtype).mul_(weights)
+            mean_group += d_scores.sum(dim=-1, keepdim=True)
+            d_scores = d_scores.addcmul_(weights, mean_group, value=-1).to(dtype)
+            torch.bmm(d_scores, k, out=_rows(d_q, group))
+            d_k[:, group.rows].baddbmm_(d_scores.mT, q)
+        d_own_scores = d_own_scores.addcmul_(own_weights, mean, value=-1).to(dtype)
+        _add_products(d_q, d_own_scores, own_k_GAKD)
+        d_own_k, d_own_v = d_own_scores.mT @ q_GAMD, own_weights.to(dtype).mT @ d_out
+        return d_q, d_k, d_v, d_own_k, d_own_v, None, None
 
 
-def _weights(q_GaMD: Tensor, k_GtD: Tensor, own_k_GaKD: Tensor, *, group: _Group) -> Tensor:
-    """Give `[G, a, M, t + K]`, the softmax over context rows and own slots together."""
-    num_rows, num_slots = k_GtD.shape[1], own_k_GaKD.shape[2]
-    scores = _products(q_GaMD, k_GtD, own_k_GaKD)
-    by_slot = scores.unflatten(2, (num_slots, -1))  # [G, a, K, R, t + K]
-    edge = by_slot[..., group.edge : num_rows]
-    edge.masked_fill_(group.hidden_rows[:, :, None], -torch.inf)
-    if group.hidden_slots is not None:
-        by_slot[..., num_rows:].masked_fill_(group.hidden_slots[:, :, None], -torch.inf)
-    return scores.softmax(dim=-1)
+def _rows(x_GAMD: Tensor, group: _Group) -> Tensor:
+    """Give the rows `[G, n, D]` of a group's blocks, a view."""
+    chosen = x_GAMD[:, group.blocks]
+    return chosen.view(chosen.shape[0], -1, chosen.shape[-1])
 
 
-def _products(x_GaMD: Tensor, rows_GtD: Tensor, slots_GaKD: Tensor) -> Tensor:
-    """Multiply with context rows and own slots, side by side: `[G, a, M, t + K]`, >= float32."""
-    num_rows, num_slots = rows_GtD.shape[1], slots_GaKD.shape[2]
-    dtype = torch.promote_types(x_GaMD.dtype, torch.float32)
-    products = x_GaMD.new_empty(*x_GaMD.shape[:3], num_rows + num_slots, dtype=dtype)
-    products.flatten(1, 2)[..., :num_rows] = x_GaMD.flatten(1, 2) @ rows_GtD.mT
-    products[..., num_rows:] = x_GaMD @ slots_GaKD.mT
-    return products
+def _context_scores(q_GnD: Tensor, k_GtD: Tensor, group: _Group) -> Tensor:
+    """Give the group's scores `[G, n, t]`, at least float32.
+
+    Hidden ones are the lowest finite number, as a block may see none of its group's rows: minus
+    infinity would make its softmax NaN, while this makes its share of the merged softmax 0.
+    """
+    scores = q_GnD @ k_GtD.mT
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    num_blocks, num_slots = group.hidden_rows.shape[:2]
+    by_slot = scores.unflatten(1, (num_blocks, num_slots, -1))  # [G, a, K or 1, R or M, t]
+    lowest = torch.finfo(scores.dtype).min
+    by_slot[..., group.edge :].masked_fill_(group.hidden_rows[:, :, None], lowest)
+    return scores
 
 
-def _split(both: Tensor, slots_GaKD: Tensor) -> tuple[Tensor, Tensor]:
-    """Split `[G, a, M, t + K]` into context rows and own slots."""
-    num_slots = slots_GaKD.shape[2]
-    return both[..., :-num_slots], both[..., -num_slots:]
+def _own_scores(q_GAMD: Tensor, own_k_GAKD: Tensor, hidden_slots: Tensor | None) -> Tensor:
+    """Give `[G, A, M, K]`, scores of each block's slots, at least float32."""
+    scores = q_GAMD @ own_k_GAKD.mT
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    if hidden_slots is not None:
+        by_slot = scores.unflatten(2, (scores.shape[-1], -1))  # [G, A, K, R, K]
+        by_slot.masked_fill_(hidden_slots[:, :, None], -torch.inf)
+    return scores
+
+
+def _add_products(out_GAMD: Tensor, weights_GAMK: Tensor, rows_GAKD: Tensor) -> None:
+    """Add each block's weighted rows to `out_GAMD`."""
+    out_GAMD.flatten(0, 1).baddbmm_(weights_GAMK.flatten(0, 1), rows_GAKD.flatten(0, 1))

@@ -4,11 +4,11 @@ from collections.abc import Callable
 from functools import partial
 
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 from dflash_train.drafter.attention import Blocks, ContextKV, InjectedAttention
 from dflash_train.drafter.config import DrafterConfig, Visibility
+from dflash_train.drafter.fused import GatedDown, RMSNorm
 from dflash_train.drafter.mixers import BlockConvolution, Unmixed
 
 
@@ -20,11 +20,11 @@ class GatedMLP(nn.Module):
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.down_proj = GatedDown(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `[..., E]` to `[..., E]`."""
-        return self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.gate_proj(x), self.up_proj(x))
 
 
 class DrafterLayer(nn.Module):
@@ -38,8 +38,8 @@ class DrafterLayer(nn.Module):
         self.attention_conv = mixer(config)
         self.mlp = GatedMLP(config)
         self.mlp_conv = mixer(config)
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(
         self, x_AKE: Tensor, context: ContextKV, blocks: Blocks, *, cos: Tensor, sin: Tensor

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dflash_train.config import require
 from dflash_train.drafter.attention import Blocks, ContextCache, ContextKV
 from dflash_train.drafter.config import DrafterConfig
+from dflash_train.drafter.fused import RMSNorm
 from dflash_train.drafter.heads import CandidateSelector, ConfidenceHead, MarkovHead
 from dflash_train.drafter.layers import DrafterLayer, ExactRotary
 from dflash_train.drafter.mixers import BlockConvolution
@@ -36,11 +37,11 @@ class Drafter(nn.Module):
         self.config = config
         width = config.hidden_size
         self.fc = nn.Linear(config.num_taps * width, width, bias=False)
-        self.hidden_norm = nn.RMSNorm(width, eps=config.rms_norm_eps)
+        self.hidden_norm = RMSNorm(width, eps=config.rms_norm_eps)
         self.layers = nn.ModuleList(
             DrafterLayer(config, visibility) for visibility in config.layer_visibility()
         )
-        self.norm = nn.RMSNorm(width, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(width, eps=config.rms_norm_eps)
         self.rotary_emb = ExactRotary(config.to_qwen3())
         self.candidate_selector = CandidateSelector(config) if config.is_dflash2 else None
         self.markov_head = MarkovHead(config) if config.markov_rank is not None else None

@@ -34,9 +34,11 @@ def packed_blocks(*, narrow: bool) -> Blocks:
     )
 
 
-def random_inputs(num_blocks: int, num_slots: int, num_context: int) -> Inputs:
+def random_inputs(
+    num_blocks: int, num_slots: int, num_context: int, *, heads: int = 6, kv_heads: int = 2
+) -> Inputs:
     torch.manual_seed(0)
-    heads, kv_heads, head_dim = 6, 2, 60
+    head_dim = 60
     shapes = {
         "q": (num_blocks, num_slots, heads, head_dim),
         "context_k": (num_context, kv_heads, head_dim),
@@ -83,6 +85,16 @@ def test_block_attention_equals_attention_under_the_dense_mask(
     monkeypatch.setitem(module.SCORES_AT_ONCE, "cpu", scores_at_once)
     blocks = packed_blocks(narrow=narrow)
     inputs = random_inputs(7, 7, 63)
+    # A softmax over one key has no gradient but that of the value.
+    compare_with_dense_mask(
+        inputs, blocks, visibility, ["block_v"] if visibility.window == 1 else list(inputs)
+    )
+
+
+def compare_with_dense_mask(
+    inputs: Inputs, blocks: Blocks, visibility: Visibility, names: list[str]
+) -> None:
+    """Compare the outputs, and the gradients of the named inputs."""
     direction = torch.randn(inputs["q"].shape, dtype=torch.float64)
     results = {}
     for name, attend in (("blocks", by_blocks), ("dense", by_dense_mask)):
@@ -90,9 +102,22 @@ def test_block_attention_equals_attention_under_the_dense_mask(
         gradients = torch.autograd.grad((out * direction).sum(), list(inputs.values()))
         results[name] = (out.detach(), dict(zip(inputs, gradients, strict=True)))
     assert_close("output", results["blocks"][0], results["dense"][0], 1e-10)
-    # A softmax over one key has no gradient but that of the value.
-    for name in ["block_v"] if visibility.window == 1 else inputs:
+    for name in names:
         assert_close(f"d {name}", results["blocks"][1][name], results["dense"][1][name], 1e-10)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (3, 1), (1, 1)])
+def test_heads_may_share_no_key_or_all_share_one(heads: int, kv_heads: int):
+    inputs = random_inputs(7, 7, 63, heads=heads, kv_heads=kv_heads)
+    compare_with_dense_mask(inputs, packed_blocks(narrow=True), Visibility(), list(inputs))
+
+
+@pytest.mark.parametrize("loud", ["context_k", "block_k"])
+@pytest.mark.parametrize("visibility", [Visibility(), Visibility(window=3, is_causal=True)])
+def test_the_merge_holds_where_one_part_takes_all_the_weight(visibility: Visibility, loud: str):
+    inputs = random_inputs(7, 7, 63)
+    inputs[loud] = (200 * inputs[loud].detach()).requires_grad_()
+    compare_with_dense_mask(inputs, packed_blocks(narrow=False), visibility, list(inputs))
 
 
 @pytest.mark.parametrize("visibility", VISIBILITIES.values(), ids=VISIBILITIES.keys())
@@ -127,7 +152,8 @@ def test_nothing_of_the_size_of_all_scores_is_kept_for_the_backward_pass():
         lambda tensor: kept.append(tensor.numel()) or tensor, lambda tensor: tensor
     ):
         by_blocks(inputs, blocks, Visibility())
-    assert sum(kept) == sum(tensor.numel() for tensor in inputs.values())
+    two_per_query = 2 * inputs["q"][..., 0].numel()  # log-sum-exp, and the context's share of it
+    assert sum(kept) == sum(tensor.numel() for tensor in inputs.values()) + two_per_query
 
 
 def test_low_precision_is_summed_in_float32():
