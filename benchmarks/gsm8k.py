@@ -10,7 +10,6 @@ gsm8k_smollm2/. The rules stand in docs/protocols/gsm8k-1280.md.
 """
 
 import argparse
-import os
 import shutil
 import sys
 import time
@@ -23,7 +22,8 @@ from gsm8k_data import PROTOCOL, SMOKE, Sizes, input_hashes, link_data, prepare
 from gsm8k_measure import TRAINING_TIME_NAME, compare, measure
 from tqdm import tqdm
 
-from dflash_train.config import RecipeConfig, UnavailableError, compose, require, to_plain
+from dflash_train.cli import exit_code
+from dflash_train.config import RecipeConfig, compose, require, to_plain
 from dflash_train.features.target_weights import dflash_home
 from dflash_train.records.manifest import (
     FileEntry,
@@ -43,18 +43,8 @@ NOT_OF_THE_DRAFTER = ("name", "runs_dir", "checkpoint", "evaluate", "tracking")
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command line and give its exit code: 0 done, 1 a check failed, 2 user error."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     parsed = _parser().parse_intermixed_args(arguments)
-    try:
-        return _run(parsed)
-    except (ValueError, UnavailableError) as error:
-        if os.environ.get("DFLASH_TRACEBACK"):
-            raise
-        print(f"gsm8k {parsed.step}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"gsm8k {parsed.step}: interrupted; run it again to go on", file=sys.stderr)
-        return 130
+    return exit_code(f"gsm8k {parsed.step}", lambda: _run(parsed))
 
 
 def train(workshop: Workshop, data_dir: Path) -> None:

@@ -8,6 +8,7 @@ far kept.
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -31,19 +32,29 @@ VERBS = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command line and give its exit code."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     parsed = _parser().parse_intermixed_args(arguments)
+    if parsed.verb == "sample-traffic":
+        return exit_code("dflash-train sample-traffic", lambda: _play_fleet(parsed.overrides))
+    return exit_code(f"dflash-train {parsed.verb}", lambda: _run_verb(parsed))
+
+
+def exit_code(command: str, run: Callable[[], int]) -> int:
+    """Run a command and give its exit code: its own, 2 for what the user can fix, 130 if stopped.
+
+    Args:
+        command: What the one sentence on stderr begins with.
+        run: The command; `DFLASH_TRACEBACK` lets its errors through.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        if parsed.verb == "sample-traffic":
-            return _play_fleet(parsed.overrides)
-        return _run_verb(parsed)
+        return run()
     except (ValueError, UnavailableError) as error:
         if os.environ.get("DFLASH_TRACEBACK"):
             raise
-        print(f"dflash-train {parsed.verb}: {error}", file=sys.stderr)
+        print(f"{command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"dflash-train {parsed.verb}: interrupted; run it again to go on", file=sys.stderr)
+        print(f"{command}: interrupted; run it again to go on", file=sys.stderr)
         return 130
 
 
