@@ -93,6 +93,28 @@ FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
 """Target families by name: configuration class and what it needs beside `SHAPES`."""
 
 SLIDING_LAYERS = ["sliding_attention", "sliding_attention"]
+SLIDING, FULL = "sliding_attention", "full_attention"
+DECODED_VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "sliding": {"layer_types": [SLIDING, FULL], "sliding_window": 6},
+    "sliding, bidirectional, narrower than a block": {
+        "layer_types": [FULL, SLIDING], "sliding_window": 3, "is_causal": False,
+    },
+    "causal": {"is_causal": True},
+    "dflash2": {
+        "conv_kernel_size": 2, "conv_group_size": 8, "selector_rank": 4, "selector_top_k": 5,
+    },
+    "dspark": {"markov_rank": 4, "has_confidence_head": True},
+    "dspark, gated, sliding": {
+        "markov_rank": 4, "markov_gated": True, "layer_types": [FULL, SLIDING],
+        "sliding_window": 5,
+    },
+    "reduced vocabulary": {"draft_vocab_size": 45},
+    "dspark, reduced vocabulary": {"markov_rank": 4, "draft_vocab_size": 45},
+}  # fmt: skip
+"""Kinds of two-layer drafters that decode differently, for blocks of four; fields of
+`DrafterSettings`."""
+
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "causal": {"is_causal": True},

@@ -4,8 +4,6 @@ Drafters are fitted to a tiny target's answers first: near an acceptance length 
 would prove nothing.
 """
 
-from typing import Any
-
 import pytest
 import torch
 
@@ -20,28 +18,9 @@ from dflash_train.drafter.config import DrafterConfig
 from dflash_train.drafter.model import Drafter
 from dflash_train.features.store import FeatureRow
 from dflash_train.features.target import Target
-from dflash_train.testing import MASK_TOKEN_ID, tiny_target
+from dflash_train.testing import DECODED_VARIANTS, MASK_TOKEN_ID, tiny_target
 
 NUM_ROWS, BUDGET, K = 8, 26, 4
-SLIDING, FULL = "sliding_attention", "full_attention"
-VARIANTS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "sliding": {"layer_types": [SLIDING, FULL], "sliding_window": 6},
-    "sliding, bidirectional, narrower than a block": {
-        "layer_types": [FULL, SLIDING], "sliding_window": 3, "is_causal": False,
-    },
-    "causal": {"is_causal": True},
-    "dflash2": {
-        "conv_kernel_size": 2, "conv_group_size": 8, "selector_rank": 4, "selector_top_k": 5,
-    },
-    "dspark": {"markov_rank": 4, "has_confidence_head": True},
-    "dspark, gated, sliding": {
-        "markov_rank": 4, "markov_gated": True, "layer_types": [FULL, SLIDING],
-        "sliding_window": 5,
-    },
-    "reduced vocabulary": {"draft_vocab_size": 45},
-    "dspark, reduced vocabulary": {"markov_rank": 4, "draft_vocab_size": 45},
-}  # fmt: skip
 
 
 def invent_prompt(number: int) -> list[int]:
@@ -66,7 +45,7 @@ def rows(target: Target, answer_prompts) -> list[FeatureRow]:
     return answer_prompts(target, prompts, budget=BUDGET)
 
 
-@pytest.fixture(scope="module", params=list(VARIANTS))
+@pytest.fixture(scope="module", params=list(DECODED_VARIANTS))
 def drafter(
     request: pytest.FixtureRequest, target: Target, rows: list[FeatureRow], fit_drafter
 ) -> Drafter:
@@ -75,7 +54,7 @@ def drafter(
         num_hidden_layers=2,
         target_layer_ids=target.target_layer_ids,
         mask_token_id=MASK_TOKEN_ID,
-        **VARIANTS[request.param],
+        **DECODED_VARIANTS[request.param],
     )
     torch.manual_seed(0)
     drafter = Drafter(DrafterConfig.for_target(settings, target.model.config)).double()

@@ -12,26 +12,14 @@ from dflash_train.drafter.config import DrafterConfig
 from dflash_train.drafter.model import Drafter, block_embeddings
 from dflash_train.features.store import FeatureRow
 from dflash_train.features.target import FrozenHead, Target
-from dflash_train.testing import MASK_TOKEN_ID
+from dflash_train.testing import DECODED_VARIANTS, MASK_TOKEN_ID, SLIDING
 from dflash_train.training import replay as replay_module
 from dflash_train.training.replay import ReplayTrace, replay, replay_many, replay_rows
 
 K = 4
-SLIDING, FULL = "sliding_attention", "full_attention"
-VARIANTS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "sliding": {"layer_types": [SLIDING, FULL], "sliding_window": 6},
-    "sliding, bidirectional, narrower than a block": {
+VARIANTS = DECODED_VARIANTS | {
+    "all sliding, bidirectional, narrower than a block": {
         "layer_types": [SLIDING, SLIDING], "sliding_window": 3, "is_causal": False,
-    },
-    "causal": {"is_causal": True},
-    "dflash2": {
-        "conv_kernel_size": 2, "conv_group_size": 8, "selector_rank": 4, "selector_top_k": 5,
-    },
-    "dspark": {"markov_rank": 4, "has_confidence_head": True},
-    "dspark, gated, sliding": {
-        "markov_rank": 4, "markov_gated": True, "layer_types": [FULL, SLIDING],
-        "sliding_window": 5,
     },
     "reduced vocabulary": {"draft_vocab_size": 70},
     "dspark, reduced vocabulary": {"markov_rank": 4, "draft_vocab_size": 70},
