@@ -4,9 +4,11 @@
 
 Steps: `prepare` (records, missing answers, features), `train`, `measure` (one JSON line), `run`
 (the three), `drafter` (train, and keep the best checkpoint in the cache: `make drafter`), `compare
-RUN RUN` (paired difference of two measured run folders). Each resumes what was cut short and skips
-what is finished. DIR holds gsm8k/{train,test}.jsonl and, if you have them, the stored answers in
-gsm8k_smollm2/. The rules stand in docs/protocols/gsm8k-1280.md.
+RUN RUN ...` (paired difference of the first to each other). `ablate` trains and measures
+on questions of their own, where settings are chosen; `compare --ablation RUN RUN ...` then compares
+there. Each resumes what was cut short and skips what is finished. DIR holds
+gsm8k/{train,test}.jsonl and, if you have them, the stored answers in gsm8k_smollm2/. The rules
+stand in docs/protocols/gsm8k-1280.md.
 """
 
 import argparse
@@ -18,8 +20,15 @@ from typing import Any
 
 import orjson
 import torch
-from gsm8k_data import PROTOCOL, SMOKE, Sizes, input_hashes, link_data, prepare
-from gsm8k_measure import TRAINING_TIME_NAME, compare, measure
+from gsm8k_data import PROTOCOL, SMOKE, Sizes, ablation_of, input_hashes, link_data, prepare
+from gsm8k_measure import (
+    ABLATION_FOLDER,
+    FOLDER,
+    TRAINING_TIME_NAME,
+    compare_all,
+    measure,
+    measure_ablation,
+)
 from tqdm import tqdm
 
 from dflash_train.cli import exit_code
@@ -36,7 +45,7 @@ from dflash_train.records.provenance import code_version, command_line, package_
 from dflash_train.stages import KEY_NAME, Workshop, run_stage, stage_folder
 from dflash_train.training.accelerator import threads_per_process
 
-STEPS = ("prepare", "train", "measure", "run", "drafter", "compare")
+STEPS = ("prepare", "train", "measure", "run", "drafter", "ablate", "compare")
 NOT_OF_THE_DRAFTER = ("name", "runs_dir", "checkpoint", "evaluate", "tracking")
 """Recipe groups that do not change the trained weights."""
 
@@ -96,8 +105,11 @@ def _run(parsed: argparse.Namespace) -> int:
     config, folders = _compose(parsed)
     torch.set_num_threads(threads_per_process(config.launch))
     if parsed.step == "compare":
-        require(len(folders) == 2, "compare: give the run folders of two measured drafters.")
-        return _print_line(compare(folders[0], folders[1], config.evaluate))
+        require(len(folders) >= 2, "compare: give the run folders of two measured drafters.")
+        measured = ABLATION_FOLDER if parsed.ablation else FOLDER
+        for figures in compare_all(folders, config.evaluate, measured=measured):
+            _print_line(figures)
+        return 0
     require(not folders, f"{parsed.step}: {folders and folders[0]} is not of the form key=value.")
     if parsed.step == "drafter":
         print(build_drafter(config, parsed.gsm8k, sizes))
@@ -107,10 +119,14 @@ def _run(parsed: argparse.Namespace) -> int:
         print(data_dir)
         return 0
     workshop = Workshop(config)
-    if parsed.step in ("train", "run") and config.checkpoint is None:
+    if parsed.step in ("train", "run", "ablate") and config.checkpoint is None:
         train(workshop, data_dir)
     if parsed.step == "train":
         print(workshop.checkpoint)
+        return 0
+    if parsed.step == "ablate":
+        held_out = ablation_of(sizes)
+        _print_line(measure_ablation(workshop, held_out, prepare(config, parsed.gsm8k, held_out)))
         return 0
     link_data(config.run_dir, data_dir)
     figures = measure(workshop, sizes)
@@ -131,6 +147,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe settings")
     parser.add_argument("--gsm8k", type=Path, metavar="DIR", help="questions and stored answers")
     parser.add_argument("--recipes", metavar="DIR", help="folder of recipes (default ./recipes)")
+    parser.add_argument(
+        "--ablation", action="store_true", help="compare what `ablate` has measured"
+    )
     parser.add_argument(
         "--smoke", action="store_true", help="a few rows, to see that everything runs"
     )

@@ -49,6 +49,10 @@ class Sizes:
     validation: int
     test: int
     """Test questions, all measured."""
+    test_file: str = "test"
+    """File of the test questions: `train` or `test`."""
+    test_first: int = 0
+    """Line of the first test question, from 0."""
     stored_test: int
     """The first of them, whose answers may come stored; the target writes the others."""
     train_replayed: int
@@ -75,6 +79,24 @@ SMOKE = Sizes(
     train_replayed=4,
     live=2,
 )
+
+
+def ablation_of(sizes: Sizes) -> Sizes:
+    """Give as many questions as the test has from behind the validation questions of train.jsonl.
+
+    Settings are compared on them, so that the test chooses nothing.
+    """
+    return Sizes(
+        name=f"{sizes.name}-ablation",
+        train=0,
+        validation=0,
+        test=sizes.test,
+        test_file="train",
+        test_first=sizes.train + sizes.validation,
+        stored_test=0,
+        train_replayed=0,
+        live=0,
+    )
 
 
 def row_id(file: str, index: int) -> str:
@@ -155,9 +177,11 @@ def protocol_records(
         budget: Most tokens of an answer.
     """
     num_learned = sizes.train + sizes.validation
+    test_lines = range(sizes.test_first, sizes.test_first + sizes.test)
+    needed = {"train": num_learned, "test": 0}
+    needed[sizes.test_file] = max(needed[sizes.test_file], test_lines.stop)
     questions = {
-        "train": _questions(gsm8k / QUESTION_FILES[0], num_learned),
-        "test": _questions(gsm8k / QUESTION_FILES[1], sizes.test),
+        file: _questions(gsm8k / f"gsm8k/{file}.jsonl", number) for file, number in needed.items()
     }
     stored = {
         "train": _stored(gsm8k / TRAIN_ANSWERS, sizes.train),
@@ -165,7 +189,7 @@ def protocol_records(
     }
     rows = [("train", index, "train") for index in range(sizes.train)]
     rows += [("train", index, "validation") for index in range(sizes.train, num_learned)]
-    rows += [("test", index, "test") for index in range(sizes.test)]
+    rows += [(sizes.test_file, index, "test") for index in test_lines]
     records: list[Conversation] = []
     for file, index, split in rows:
         question, name = questions[file][index], row_id(file, index)

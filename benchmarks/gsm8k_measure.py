@@ -43,6 +43,7 @@ from dflash_train.records.provenance import code_version, machine
 from dflash_train.stages import KEY_NAME, Workshop, stage_folder
 
 FOLDER = "measure"
+ABLATION_FOLDER = "measure-ablation"
 RESULT_NAME = "result.json"
 REPLAY_FILE = "replay-test.jsonl"
 TRAINING_TIME_NAME = "training-time.json"
@@ -69,7 +70,8 @@ def measure(workshop: Workshop, sizes: Sizes) -> Figures:
         ValueError: The run has no drafter or no features yet.
     """
     folder = workshop.config.run_dir / FOLDER
-    _claim(folder, _key(workshop, sizes))
+    features = workshop.config.run_dir / stage_folder("collect")
+    _claim(folder, _key(workshop, sizes, features))
     result = folder / RESULT_NAME
     if result.exists():
         tqdm.write("measure: complete and unchanged, nothing to do", file=sys.stderr)
@@ -79,18 +81,21 @@ def measure(workshop: Workshop, sizes: Sizes) -> Figures:
     return figures
 
 
-def compare(first: Path, second: Path, config: EvaluateConfig) -> Figures:
+def compare(
+    first: Path, second: Path, config: EvaluateConfig, *, measured: str = FOLDER
+) -> Figures:
     """Give the paired difference of two measured drafters on the same answers.
 
     Args:
         first: A run folder that has been measured.
         second: Another one.
         config: Resamples and seed.
+        measured: Folder of the measurement inside each run folder.
 
     Raises:
         ValueError: A folder has not been measured, or they hold other answers.
     """
-    ours, theirs = (_replayed(folder) for folder in (first, second))
+    ours, theirs = (_replayed(folder / measured) for folder in (first, second))
     require(
         [(each.id, each.output_ids) for each in ours]
         == [(each.id, each.output_ids) for each in theirs],
@@ -105,18 +110,60 @@ def compare(first: Path, second: Path, config: EvaluateConfig) -> Figures:
     }
 
 
-def protocol_rows(store: FeatureStore, file: str, number: int) -> list[FeatureRow]:
-    """Give the rows of the first questions of a file, in order.
+def measure_ablation(workshop: Workshop, sizes: Sizes, data_dir: Path) -> Figures:
+    """Replay the drafter of a run over the questions that settings are compared on.
+
+    Args:
+        workshop: The recipe; its run folder has a drafter.
+        sizes: Which questions these are.
+        data_dir: Run folder that holds their features.
+
+    Returns:
+        Acceptance length and training facts, also stored as `measure-ablation/result.json`.
+    """
+    config = workshop.config.evaluate
+    folder = workshop.config.run_dir / ABLATION_FOLDER
+    features = data_dir / stage_folder("collect")
+    _claim(folder, _key(workshop, sizes, features))
+    rows = test_rows(FeatureStore.open(features / "test"), sizes)
+    drafter = load_checkpoint(workshop.checkpoint).to(workshop.target.device)
+    replayed = _replay(drafter, workshop.target.head, rows, folder / REPLAY_FILE)
+    figures = {
+        "protocol": sizes.name,
+        "name": workshop.config.name,
+        "drafter": describe_drafter(drafter),
+        "training": _training(workshop),
+        "test": _estimate(replayed, config),
+    }
+    write_bytes(folder / RESULT_NAME, orjson.dumps(figures, option=orjson.OPT_INDENT_2) + b"\n")
+    return figures
+
+
+def compare_all(
+    folders: list[Path], config: EvaluateConfig, *, measured: str = FOLDER
+) -> list[Figures]:
+    """Compare the first run folder with every other: see `compare`."""
+    return [compare(folders[0], folder, config, measured=measured) for folder in folders[1:]]
+
+
+def test_rows(store: FeatureStore, sizes: Sizes) -> list[FeatureRow]:
+    """Give the rows that are measured, in order."""
+    lines = range(sizes.test_first, sizes.test_first + sizes.test)
+    return protocol_rows(store, sizes.test_file, lines)
+
+
+def protocol_rows(store: FeatureStore, file: str, lines: range) -> list[FeatureRow]:
+    """Give the rows of some questions of a file, in order.
 
     Raises:
         ValueError: A row is not in the store.
     """
     places = {line.id: place for place, line in enumerate(store.lines)}
-    wanted = [row_id(file, index) for index in range(number)]
+    wanted = [row_id(file, index) for index in lines]
     missing = [name for name in wanted if name not in places]
     require(
         not missing,
-        f"{store.folder} lacks {len(missing)} of {number} rows, {', '.join(missing[:3])} among "
+        f"{store.folder} lacks {len(missing)} of {len(lines)} rows, {', '.join(missing[:3])} among "
         "them. Raise data.max_prompt_tokens and run `prepare` again.",
     )
     return [store[places[name]] for name in wanted]
@@ -161,22 +208,13 @@ def _measure(workshop: Workshop, sizes: Sizes, folder: Path) -> Figures:
     config = workshop.config.evaluate
     features = workshop.config.run_dir / stage_folder("collect")
     stores = {split: FeatureStore.open(features / split) for split in ("train", "test")}
-    test = protocol_rows(stores["test"], "test", sizes.test)
-    train = protocol_rows(stores["train"], "train", sizes.train_replayed)
+    test = test_rows(stores["test"], sizes)
+    train = protocol_rows(stores["train"], "train", range(sizes.train_replayed))
     target = workshop.target
     drafter = load_checkpoint(workshop.checkpoint).to(target.device)
 
-    def by_replay(rows: list[FeatureRow], split: str, name: str) -> list[DecodeTrace]:
-        path = folder / name
-        if not path.exists():
-            bar = tqdm(rows, desc=f"replay {split}", unit="answer", file=sys.stderr)
-            with torch.inference_mode():
-                traces = [replay_row(drafter, target.head, row, split=split) for row in bar]
-            write_traces(path, traces)
-        return read_traces(path)
-
-    replayed = by_replay(test, "test", REPLAY_FILE)
-    memorised = by_replay(train, "train", "replay-train.jsonl")
+    replayed = _replay(drafter, target.head, test, folder / REPLAY_FILE)
+    memorised = _replay(drafter, target.head, train, folder / "replay-train.jsonl", split="train")
     lookups = {
         size: [lookup_row(row, split="test", block_size=size) for row in test]
         for size in LOOKUP_SIZES
@@ -212,6 +250,18 @@ def _measure(workshop: Workshop, sizes: Sizes, folder: Path) -> Figures:
         },
         "live": _live(read_checks(folder / LIVE_CHECK_FILE)),
     }
+
+
+def _replay(
+    drafter: Drafter, head: FrozenHead, rows: list[FeatureRow], path: Path, *, split: str = "test"
+) -> list[DecodeTrace]:
+    """Replay rows into a file of traces, unless it is there, and read it."""
+    if not path.exists():
+        bar = tqdm(rows, desc=f"replay {split}", unit="answer", file=sys.stderr)
+        with torch.inference_mode():
+            traces = [replay_row(drafter, head, row, split=split) for row in bar]
+        write_traces(path, traces)
+    return read_traces(path)
 
 
 def _estimate(traces: list[DecodeTrace], config: EvaluateConfig) -> Figures:
@@ -267,7 +317,7 @@ def _long_row(rows: list[FeatureRow]) -> FeatureRow:
     return next(long_enough, max(rows, key=lambda row: len(row.input_ids)))
 
 
-def _key(workshop: Workshop, sizes: Sizes) -> str:
+def _key(workshop: Workshop, sizes: Sizes, features_dir: Path) -> str:
     """Hash what decides the figures: weights, features, rows, statistics."""
     config = workshop.config
     weights = workshop.checkpoint / WEIGHTS_NAME
@@ -276,11 +326,8 @@ def _key(workshop: Workshop, sizes: Sizes) -> str:
         f"checkpoint (={workshop.checkpoint}) holds no {WEIGHTS_NAME}. Run the step `train` first, "
         "or give checkpoint=DIR.",
     )
-    features = Manifest.read(config.run_dir / stage_folder("collect"))
-    require(
-        features is not None,
-        f"{config.run_dir} holds no features. Run the step `prepare` first.",
-    )
+    features = Manifest.read(features_dir)
+    require(features is not None, f"{features_dir} is not there. Run the step `prepare` first.")
     assert features is not None
     statistic = [config.evaluate.resamples, config.evaluate.seed]
     return content_hash([file_hash(weights), features.hash, asdict(sizes), statistic])
@@ -294,12 +341,9 @@ def _claim(folder: Path, key: str) -> None:
         write_bytes(marker, key.encode())
 
 
-def _replayed(run_dir: Path) -> list[DecodeTrace]:
-    path = run_dir / FOLDER / REPLAY_FILE
-    require(
-        path.is_file(),
-        f"compare: {run_dir} has no {FOLDER}/{REPLAY_FILE}. Run the step `measure` on it first.",
-    )
+def _replayed(folder: Path) -> list[DecodeTrace]:
+    path = folder / REPLAY_FILE
+    require(path.is_file(), f"compare: there is no {path}. Measure this run first.")
     return read_traces(path)
 
 

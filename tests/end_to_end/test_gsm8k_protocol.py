@@ -37,7 +37,8 @@ def overrides(tiny_overrides: list[str], tmp_path: Path) -> list[str]:
 
 
 def write_questions(folder: Path) -> None:
-    for file, number in (("train", NUM_TRAIN + NUM_VALIDATION), ("test", NUM_TEST)):
+    num_ablation = NUM_TEST
+    for file, number in (("train", NUM_TRAIN + NUM_VALIDATION + num_ablation), ("test", NUM_TEST)):
         lines = [{"question": f"{file} {index}: how many?"} for index in range(number)]
         write_lines(folder / "gsm8k" / f"{file}.jsonl", lines)
 
@@ -123,6 +124,28 @@ def test_the_protocol_runs_resumes_and_compares(
     want = figures["test"]["pooled"] - other["test"]["pooled"]
     assert difference["value"] == pytest.approx(want)
     assert difference["verdict"] == "undecided"  # six questions prove nothing
+
+
+def test_settings_are_compared_on_questions_that_no_figure_uses(
+    gsm8k: Command,
+    data: Path,
+    overrides: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = f"--gsm8k={data}"
+    for name in ("one", "two"):
+        assert gsm8k(["ablate", folder, *overrides, f"name={name}", f"seed={len(name)}"]) == 0
+    assert figures_of(capsys.readouterr().out)["test"]["num_requests"] == NUM_TEST
+    runs = tmp_path / "runs"
+    traces = (runs / "one" / "measure-ablation" / "replay-test.jsonl").read_bytes().splitlines()
+    first = NUM_TRAIN + NUM_VALIDATION
+    asked = [orjson.loads(line)["id"] for line in traces]
+    assert asked == [f"gsm8k-train-{first + index:04d}" for index in range(NUM_TEST)]
+    runs_folders = [str(runs / name) for name in ("one", "two")]
+    assert gsm8k(["compare", "--ablation", *runs_folders, *overrides]) == 0
+    assert figures_of(capsys.readouterr().out)["first"] == runs_folders[0]
+    assert not (runs / "one" / "measure").exists()
 
 
 def test_without_stored_answers_the_target_writes_them(
