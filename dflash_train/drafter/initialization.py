@@ -28,7 +28,8 @@ def initialize_from_target(drafter: Drafter, target: PreTrainedModel) -> None:
     """Copy the target's last layers and its final norm into a freshly built drafter.
 
     Raises:
-        ValueError: The target's layers have other names or shapes than the drafter's.
+        ValueError: The target's layers have other names or shapes than the drafter's, or parts
+            that it has no place for, such as biases.
     """
     activation = target.config.get_text_config().to_dict().get("hidden_act")
     require(
@@ -49,6 +50,7 @@ def initialize_from_target(drafter: Drafter, target: PreTrainedModel) -> None:
 
 
 def _copy_layer(layer: nn.Module, source: dict[str, Tensor]) -> None:
+    _refuse_leftovers(layer, source)
     for name in ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "self_attn.o_proj"):
         _copy(layer.get_parameter(f"{name}.weight"), source, f"{name}.weight")
     name = "post_attention_layernorm.weight"
@@ -71,6 +73,18 @@ def _copy_layer(layer: nn.Module, source: dict[str, Tensor]) -> None:
         else:
             projection = layer.get_parameter(f"self_attn.{head}_proj.weight")
             layer.get_parameter(name).fill_(projection.square().sum(dim=1).mean().sqrt())
+
+
+def _refuse_leftovers(layer: nn.Module, source: dict[str, Tensor]) -> None:
+    """Raise ValueError if the target's layer computes with parts that would not be copied."""
+    leftovers = sorted(set(source) - {name for name, _ in layer.named_parameters()})
+    biases_only = all(name.endswith("_proj.bias") for name in leftovers)
+    remedy = "drafter.attention_bias=true" if biases_only else "drafter.init=random"
+    require(
+        not leftovers,
+        f"drafter.init (=target): the target's layers have {', '.join(leftovers)}, which the "
+        f"drafter has no place for. Set {remedy}.",
+    )
 
 
 def _copy(into: Tensor, source: dict[str, Tensor], name: str) -> None:

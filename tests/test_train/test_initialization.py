@@ -90,6 +90,15 @@ def test_biases_are_copied_where_the_target_has_them() -> None:
         assert torch.equal(own, source.get_parameter(f"{head}_proj.bias"))
 
 
+def test_biases_without_a_place_are_refused_with_the_way_out() -> None:
+    target = tiny_target()
+    target_config = tiny_llama_config()
+    target_config.attention_bias = True
+    target.model = AutoModelForCausalLM.from_config(target_config)
+    with pytest.raises(ValueError, match=r"k_proj\.bias.*drafter\.attention_bias=true"):
+        initialize_from_target(tiny_drafter(target), target.model)
+
+
 def test_layers_of_another_kind_are_refused() -> None:
     target = tiny_target(family="gemma3")
     with pytest.raises(ValueError, match=r"hidden_act.*drafter\.init=random"):
