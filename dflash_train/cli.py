@@ -12,10 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from omegaconf import OmegaConf
+from rich.console import Console
 
 from dflash_train import stages
 from dflash_train.config import RecipeConfig, UnavailableError, compose, require, to_plain
 from dflash_train.release.finding import Status
+from dflash_train.release.inspection import print_view, read_choice
 
 VERBS = {
     "run": "walk all stages of a recipe: traffic log to report",
@@ -25,6 +27,7 @@ VERBS = {
     "train": "features -> drafter",
     "evaluate": "drafter + held-out answers -> traces",
     "report": "traces -> report.json, report.md, report.html",
+    "inspect": "print a conversation, supervised tokens coloured: id=ID or index=N [split=NAME]",
     "doctor": "check a drafter against its target: checkpoint=DIR target.name_or_path=NAME",
     "sample-traffic": "play a simulated fleet of clients: out=FILE [seed=0] [requests=600]",
 }
@@ -73,14 +76,21 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--recipes", metavar="DIR", help="folder of recipes (default ./recipes)")
     parser.add_argument("--print-recipe", action="store_true", help="print the recipe and stop")
     parser.add_argument("--force", action="store_true", help="do finished stages again")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="collect: print tokens, disk, memory, time; stop"
+    )
     return parser
 
 
 def _run_verb(parsed: argparse.Namespace) -> int:
+    if parsed.verb == "inspect":
+        return _inspect(parsed)
     config = compose(parsed.overrides, parsed.recipes)
     if parsed.print_recipe:
         print(OmegaConf.to_yaml(OmegaConf.create(to_plain(config))), end="")
         return 0
+    if parsed.dry_run:
+        return _estimate(parsed.verb, config)
     if parsed.verb == "doctor":
         return _examine(config)
     if parsed.verb == "run":
@@ -93,6 +103,22 @@ def _run_verb(parsed: argparse.Namespace) -> int:
         folder = config.run_dir / stages.stage_folder(parsed.verb)
     if os.environ.get("RANK", "0") == "0":  # one line, however many processes there are
         print(folder)
+    return 0
+
+
+def _estimate(verb: str, config: RecipeConfig) -> int:
+    """Print what a stage would take."""
+    require(verb == "collect", f"--dry-run is for `collect`, not for `{verb}`. Leave it out.")
+    for line in stages.estimate_collection(config):
+        print(line)
+    return 0
+
+
+def _inspect(parsed: argparse.Namespace) -> int:
+    """Print one conversation; the keys that choose it are no part of the recipe."""
+    choice, overrides = read_choice(parsed.overrides)
+    config = compose(overrides, parsed.recipes)
+    print_view(stages.view_conversation(config, choice), Console())
     return 0
 
 

@@ -11,7 +11,7 @@ the trainer and the decoder meet.
 import functools
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,9 @@ from dflash_train.drafter.config import DrafterConfig
 from dflash_train.drafter.initialization import initialize_from_target
 from dflash_train.drafter.model import Drafter
 from dflash_train.features.store import FeatureStore
-from dflash_train.features.target import Target, load_target, load_target_config
+from dflash_train.features.target import Target, load_target
+from dflash_train.features.target_loading import load_target_config
+from dflash_train.features.target_text import load_target_text
 from dflash_train.features.target_weights import locate_target
 from dflash_train.records.manifest import (
     FILE_NAME,
@@ -38,6 +40,7 @@ from dflash_train.records.manifest import (
 from dflash_train.records.provenance import code_version, command_line, package_versions
 from dflash_train.release.doctor import examine
 from dflash_train.release.finding import Finding
+from dflash_train.release.inspection import Choice, View, find_record, prompt_view
 from dflash_train.training.accelerator import Accelerator, build_accelerator
 from dflash_train.training.stage import train
 
@@ -128,14 +131,27 @@ def _ingest(workshop: Workshop, manifest: Manifest) -> None:
 def _regenerate(workshop: Workshop, manifest: Manifest) -> None:
     from dflash_data.regenerate import regenerate
 
-    regenerate(workshop.config, target=workshop.target, manifest=manifest)
+    config = workshop.config
+    if config.data.endpoints.urls:
+        target = load_target_text(config.target, workshop.drafter_config.target_layer_ids)
+    else:
+        target = workshop.target
+    regenerate(config, target=target, manifest=manifest)
 
 
 def _collect(workshop: Workshop, manifest: Manifest) -> None:
     from dflash_data.collect import collect
 
     manifest.target = _upstream(workshop.config, "regenerate").target
-    collect(workshop.config, load_target=lambda: workshop.target, manifest=manifest)
+    try:
+        collect(
+            workshop.config,
+            load_target=lambda: workshop.target,
+            manifest=manifest,
+            accelerator=workshop.accelerator,
+        )
+    finally:
+        workshop.accelerator.end_training()
 
 
 def _train(workshop: Workshop, manifest: Manifest) -> None:
@@ -176,14 +192,27 @@ def _report(workshop: Workshop, manifest: Manifest) -> None:
 def _log_inputs(workshop: Workshop) -> dict[str, str]:
     if workshop.config.data.logs is None:
         return {}
-    from dflash_data.log_files import find_log_files
+    from dflash_data.sources import parts_hash, plan_parts
 
-    files = find_log_files(log_path(workshop.config))  # names may repeat in subfolders
-    return {f"log:{number}": file_hash(file) for number, file in enumerate(files)}
+    data = workshop.config.data
+    return {"logs": parts_hash(plan_parts(log_path(workshop.config), format=data.format))}
 
 
 def _target_input(workshop: Workshop) -> dict[str, str]:
     return {"target": locate_target(workshop.config.target).label}
+
+
+def _answer_inputs(workshop: Workshop) -> dict[str, str]:
+    """Name the target, who answers for it, and the seed of sampled answers.
+
+    At which address the servers are does not decide the result.
+    """
+    data = workshop.config.data
+    inputs = _target_input(workshop)
+    inputs["answered_by"] = "servers" if data.endpoints.urls else "this process"
+    if not data.serving_sampling.is_greedy:
+        inputs["seed"] = str(workshop.config.seed)
+    return inputs
 
 
 def _checkpoint_input(workshop: Workshop) -> dict[str, str]:
@@ -217,29 +246,38 @@ STAGES = (
         name="ingest",
         folder="conversations",
         settings=(
-            "data.hmac_key_file", "data.validation_share", "data.test_share",
+            "data.hmac_key_file", "data.format", "data.excluded_tenants", "data.max_age_days",
+            "data.retention_date", "data.max_answers_per_prefix", "data.max_per_cluster",
+            "data.validation_days", "data.test_days", "data.validation_share", "data.test_share",
             "data.max_drop_share", "evaluate.eval_sets", "evaluate.prompts_per_set",
+            "data.target_aliases", "data.target_valid_from", "data.target_valid_until",
+            "data.serving_sampling", "data.trust_unknown_sampling", "data.regenerate",
         ),
         upstream=("sample-traffic",),
         execute=_ingest,
         more_inputs=_log_inputs,
+        leavings=("ingest",),
     ),
     Stage(
         name="regenerate",
         folder="regenerated",
-        settings=(*_COLLECTED, "data.max_new_tokens"),
+        settings=(
+            *_COLLECTED, "data.max_new_tokens", "data.serving_sampling", "data.endpoints.model",
+            "data.endpoints.api",
+        ),
         upstream=("ingest",),
         execute=_regenerate,
-        more_inputs=_target_input,
+        more_inputs=_answer_inputs,
         is_repairable=True,
     ),
     Stage(
         name="collect",
         folder="features",
-        settings=(*_COLLECTED, "data.max_new_tokens"),
+        settings=(*_COLLECTED, "data.max_new_tokens", "data.shard_bytes"),
         upstream=("ingest", "regenerate"),
         execute=_collect,
         more_inputs=_target_input,
+        is_distributed=True,
         is_repairable=True,
     ),
     Stage(
@@ -283,9 +321,9 @@ def sample_log(config: RecipeConfig) -> Path:
     return config.run_dir / SAMPLE_TRAFFIC.folder / "traffic.jsonl"
 
 
-def log_path(config: RecipeConfig) -> Path:
-    """Give the log that a run ingests: the recipe's, else the simulated fleet's."""
-    return sample_log(config) if config.data.logs is None else Path(config.data.logs)
+def log_path(config: RecipeConfig) -> str:
+    """Give the log that a run ingests, a path or an address: the recipe's, else the fleet's."""
+    return str(sample_log(config)) if config.data.logs is None else config.data.logs
 
 
 def stages_of(config: RecipeConfig) -> list[Stage]:
@@ -304,6 +342,24 @@ def play_fleet(out: Path, *, seed: int, num_requests: int) -> dict[str, int]:
     return write_sample_traffic(out, seed=seed, num_requests=num_requests)
 
 
+def estimate_collection(config: RecipeConfig) -> Iterator[str]:
+    """Yield what `collect` would take, as lines to print, then check that the disk would hold it.
+
+    Raises:
+        ValueError: `ingest` or `regenerate` has not run.
+        UnavailableError: The disk would not hold the features.
+    """
+    from dflash_data.collect import check_disk
+    from dflash_data.collection_estimate import plan_collection
+
+    for name in ("ingest", "regenerate"):
+        _upstream(config, name)
+    workshop = Workshop(config)
+    estimate = plan_collection(config, load_target=lambda: workshop.target)
+    yield from estimate.lines()
+    check_disk(estimate.disk_bytes, config.run_dir)
+
+
 def examine_checkpoint(config: RecipeConfig) -> list[Finding]:
     """Check a drafter, the recipe's or the best one of its run, against the recipe's target.
 
@@ -316,6 +372,26 @@ def examine_checkpoint(config: RecipeConfig) -> list[Finding]:
         f"checkpoint (={folder}) is not a folder. Give checkpoint=DIR with config.json in it.",
     )
     return examine(folder, load_target(config.target, []))
+
+
+def view_conversation(config: RecipeConfig, choice: Choice) -> View:
+    """Give one record of a run and the tokens that training sees of it; loads no weights.
+
+    Raises:
+        ValueError: There is no such record, or the target's tokenizer cannot be read.
+    """
+    from dflash_data.drops import DropReason
+    from dflash_data.feature_rows import answer_row, has_exact_ids
+
+    record = find_record(config.run_dir, choice)
+    target = load_target_text(config.target, [])
+    if record.answer is None or not record.on_policy:
+        return prompt_view(record, target.tokenizer, serving=config.data.serving_sampling)
+    source = "passed through, not tokenised" if has_exact_ids(record) else "chat template"
+    row = answer_row(record, target, serving=config.data.serving_sampling)
+    if isinstance(row, DropReason):
+        row, source = None, f"{source}: `collect` drops it as {row.value}"
+    return View(record=record, tokenizer=target.tokenizer, row=row, remark=source)
 
 
 def summary(config: RecipeConfig) -> list[str]:

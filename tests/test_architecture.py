@@ -40,6 +40,7 @@ THIRD_PARTY = {
     "hydra": ("dflash_train.cli", "dflash_train.config"),
     "omegaconf": ("dflash_train.cli", "dflash_train.config"),
     "triton": ("dflash_kernels",),
+    "vllm": ("dflash_data.vllm_capture",),  # in an environment of its own
     "wandb": ("dflash_train.training.tracking",),
 }
 

@@ -1,183 +1,192 @@
 """Answered conversations become the feature store that training and replay read.
 
     dflash-train collect recipe=smollm2
+    accelerate launch -m dflash_train collect recipe=smollm2
 
 Answers that the target wrote in `regenerate` bring their features along and are linked, not
 computed again. Answers that the log already holds and that are on-policy run through the target
-once, in batches of similar length. One folder per split, each with its own manifest.
+once: the first process renders them and stores a plan (`collection_plan.py`), every process takes
+its share of the planned shards, the first one closes the books. One folder per split, each with its
+own manifest (`collected_split.py`).
 """
 
-import os
+import functools
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
-from dflash_data.drops import DropReason
-from dflash_data.feature_rows import exact_ids, feature_row, index_line
-from dflash_data.regenerate import needs_answer, splits_in
-from dflash_train.config import DataConfig, RecipeConfig
-from dflash_train.features.store import INDEX_NAME, IndexLine, read_index, write_index, write_shard
+from dflash_data.collected_split import FOLDER, CollectedSplit
+from dflash_data.collection_plan import PlannedShard
+from dflash_data.drops import all_reasons
+from dflash_data.regenerate import splits_in
+from dflash_data.shard_forward import compute_batch
+from dflash_train.config import DataConfig, RecipeConfig, UnavailableError
 from dflash_train.features.target import Target
-from dflash_train.records.chat_template import (
-    NoSupervisedTokenError,
-    RenderedRow,
-    UnstableBoundaryError,
-    render_row,
-)
-from dflash_train.records.conversation import Conversation, read_split
-from dflash_train.records.manifest import FILE_NAME, Counts, FileEntry, Manifest, atomic_path
+from dflash_train.records.manifest import FILE_NAME, Counts, FileEntry, Manifest
+from dflash_train.training.accelerator import Accelerator
 
-FOLDER = "features"
+
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """The processes of a launch and which one this is."""
+
+    index: int = 0
+    number: int = 1
+    wait: Callable[[], object] = lambda: None
+    """Return once every process has called it."""
+
+    @classmethod
+    def of(cls, accelerator: Accelerator | None) -> "Ranks":
+        """Take them from accelerate; None is one process alone."""
+        if accelerator is None:
+            return cls()
+        return cls(
+            index=accelerator.process_index,
+            number=accelerator.num_processes,
+            wait=accelerator.wait_for_everyone,
+        )
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process plans, shows progress and closes the books."""
+        return self.index == 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Work:
+    """One shard to compute."""
+
+    split: CollectedSplit
+    shard: PlannedShard
 
 
 def collect(
-    config: RecipeConfig, *, load_target: Callable[[], Target], manifest: Manifest
+    config: RecipeConfig,
+    *,
+    load_target: Callable[[], Target],
+    manifest: Manifest,
+    accelerator: Accelerator | None = None,
 ) -> Manifest:
     """Build `run_dir/features/<split>` for every split.
 
     Args:
         config: The recipe; `conversations` and `regenerated` of the run folder are read.
         load_target: Loads the target; called only if an answer has to run through it.
-        manifest: Prepared by the caller; completed and written last.
+        manifest: Prepared by the caller; the first process completes it and writes it last.
+        accelerator: The processes of this launch, all of which call this; None is this one alone.
+
+    Raises:
+        ValueError: A shard of `regenerate` or a stored plan is damaged.
+        UnavailableError: The disk would not hold the shards; none has been written.
     """
-    folder = config.run_dir / FOLDER
-    conversations = config.run_dir / "conversations"
+    ranks = Ranks.of(accelerator)
+    load_target = functools.cache(load_target)
+    splits = splits_to_collect(config, key=manifest.key)
+    if ranks.is_main:
+        _prepare(config, splits, load_target)
+    ranks.wait()
+    work = [_Work(split=split, shard=shard) for split in splits for shard in split.unfinished()]
+    ranks.wait()  # all have listed the same work before the first of it is done
+    _compute(
+        work[ranks.index :: ranks.number], load_target, config.data, shows_progress=ranks.is_main
+    )
+    ranks.wait()
+    if ranks.is_main:
+        _close_books(config, splits, manifest)
+    ranks.wait()
+    return manifest
+
+
+def splits_to_collect(config: RecipeConfig, *, key: str) -> list[CollectedSplit]:
+    """List the splits of a run.
+
+    Args:
+        config: The recipe.
+        key: Plans and shards that another key left behind are not used.
+    """
+    names = splits_in(config.run_dir / "conversations")
+    return [CollectedSplit(config, name, key=key) for name in names]
+
+
+def check_disk(needed: int, folder: Path) -> None:
+    """Raise UnavailableError unless the disk of an existing folder has `needed` bytes free."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise UnavailableError(
+            f"{folder}: the features take {needed} bytes, and {free} are free. Set "
+            "data.features_dtype=float8_e4m3fn, lower drafter.num_taps, or give runs_dir=DIR on "
+            "another disk."
+        )
+
+
+def _prepare(
+    config: RecipeConfig, splits: list[CollectedSplit], load_target: Callable[[], Target]
+) -> None:
+    """Do what one process does for all: check the source, link, plan, look at the disk."""
     regenerated = config.run_dir / "regenerated"
     source_manifest = Manifest.read(regenerated)
     if source_manifest is not None:
         source_manifest.verify_outputs(regenerated)  # a damaged shard must not get a new checksum
-    counts = Counts(dropped={reason.value: 0 for reason in DropReason})
+    for split in splits:
+        split.prepare(load_target)
+    needed = sum(shard.num_bytes for split in splits for shard in split.unfinished())
+    check_disk(needed, config.run_dir)
+    for split in splits:
+        split.link()
+
+
+def _compute(
+    work: list[_Work],
+    load_target: Callable[[], Target],
+    data: DataConfig,
+    *,
+    shows_progress: bool,
+) -> None:
+    """Compute shards; while the target reads the next one, a thread writes the last."""
+    num_tokens = sum(each.shard.num_tokens for each in work)
+    with (
+        tqdm(
+            total=num_tokens, desc="collect", unit="token", file=sys.stderr,
+            disable=not shows_progress,
+        ) as progress,
+        ThreadPoolExecutor(max_workers=1) as writer,
+    ):  # fmt: skip
+        written = None
+        for each in work:
+            plan = each.split.plan
+            assert plan is not None, "only a plan has shards"
+            parts = []
+            for batch in each.shard.batches:
+                parts.append(compute_batch(plan, batch, target=load_target(), data=data))
+                progress.update(sum(parts[-1].lengths))
+            if written is not None:
+                written.result()  # one shard waits at most, and errors come up
+            written = writer.submit(each.split.write, each.shard, parts)
+        if written is not None:
+            written.result()
+
+
+def _close_books(config: RecipeConfig, splits: list[CollectedSplit], manifest: Manifest) -> None:
+    folder = config.run_dir / FOLDER
+    counts = Counts(dropped=all_reasons({}))
     manifest.details = {"teacher_top_k": config.data.teacher_top_k}
-    for split in splits_in(conversations):
-        answered = [
-            record for record in read_split(conversations, split) if not needs_answer(record)
-        ]
-        source = regenerated / FOLDER / split
-        if not answered and not (source / INDEX_NAME).exists():
+    for split in splits:
+        own = split.close_books(manifest)
+        if own is None:
             continue
-        stage = _SplitCollector(folder / split, config.data, manifest, load_target)
-        stage.link(source)
-        stage.compute(answered)
-        split_counts = stage.finish()
-        counts.read += split_counts.read
-        counts.kept += split_counts.kept
-        for reason, number in split_counts.dropped.items():
+        assert own.counts is not None
+        counts.read += own.counts.read
+        counts.kept += own.counts.kept
+        for reason, number in own.counts.dropped.items():
             counts.dropped[reason] += number
-        manifest.outputs += [FileEntry.of(folder / split / FILE_NAME, folder)]
+        manifest.outputs.append(FileEntry.of(split.folder / FILE_NAME, folder))
         manifest.outputs += [
-            replace(entry, path=f"{split}/{entry.path}") for entry in stage.manifest.outputs
+            replace(entry, path=f"{split.name}/{entry.path}") for entry in own.outputs
         ]
     manifest.counts = counts
     manifest.write(folder)
-    return manifest
-
-
-class _SplitCollector:
-    """Fills the folder of one split: linked shards first, then computed ones."""
-
-    def __init__(
-        self,
-        folder: Path,
-        data: DataConfig,
-        manifest: Manifest,
-        load_target: Callable[[], Target],
-    ) -> None:
-        self.folder = folder
-        self.data = data
-        self.manifest = replace(manifest, outputs=[], counts=None)
-        self.load_target = load_target
-        self.lines: list[IndexLine] = []
-        self.counts = Counts(dropped={reason.value: 0 for reason in DropReason})
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def link(self, source: Path) -> None:
-        """Take over the shards of `regenerate`, without a copy where the file system allows."""
-        if not (source / INDEX_NAME).exists():
-            return
-        self.lines = read_index(source)
-        self.counts.read = self.counts.kept = len(self.lines)
-        for name in sorted({line.shard for line in self.lines}):
-            with atomic_path(self.folder / name) as partial:
-                try:
-                    os.link(source / name, partial)
-                except OSError:  # another file system, or one without links
-                    shutil.copyfile(source / name, partial)
-
-    def compute(self, answered: list[Conversation]) -> None:
-        """Run answered conversations through the target; a shard that exists is not done again."""
-        if not answered:
-            return
-        target = self.load_target()
-        rows = self._render(answered, target)
-        rows.sort(key=lambda record: (len(_ids(record)), record.id))
-        size = self.data.batch_size
-        starts = range(0, len(rows), size)
-        for number, first in enumerate(tqdm(starts, desc="collect", unit="batch", file=sys.stderr)):
-            batch = rows[first : first + size]
-            path = self.folder / f"collected-{number:05d}.safetensors"
-            if not path.exists():
-                self._write(path, batch, target)
-            self.lines += [
-                index_line(record, self.data, shard=path.name, row=row)
-                for row, record in enumerate(batch)
-            ]
-
-    def _write(self, path: Path, batch: list[Conversation], target: Target) -> None:
-        answers = target.read_answers(
-            [_ids(record) for record in batch],
-            prompt_lengths=[len(exact_ids(record)[0]) for record in batch],
-            teacher_top_k=self.data.teacher_top_k,
-        )
-        rows = [
-            feature_row(record, answer.features, self.data, teacher=answer.teacher)
-            for record, answer in zip(batch, answers, strict=True)
-        ]
-        write_shard(path, rows, dtype=getattr(torch, self.data.features_dtype.value))
-
-    def finish(self) -> Counts:
-        """Write index and manifest."""
-        write_index(self.folder, self.lines)
-        self.manifest.counts = self.counts
-        shards = sorted({line.shard for line in self.lines})
-        self.manifest.outputs = [
-            FileEntry.of(self.folder / name, self.folder) for name in [*shards, INDEX_NAME]
-        ]
-        self.manifest.write(self.folder)
-        return self.counts
-
-    def _render(self, answered: list[Conversation], target: Target) -> list[Conversation]:
-        """Fix the token ids of each record, or count why it has none."""
-        kept = []
-        for record in answered:
-            self.counts.read += 1
-            try:
-                row = render_row(target.tokenizer, record, stop_token_ids=target.stop_token_ids)
-            except UnstableBoundaryError:
-                self.counts.dropped[DropReason.unstable_boundary.value] += 1
-                continue
-            except NoSupervisedTokenError:
-                self.counts.dropped[DropReason.no_supervised_token.value] += 1
-                continue
-            if sum(not wrote for wrote in row.loss_mask) > self.data.max_prompt_tokens:
-                self.counts.dropped[DropReason.too_long.value] += 1
-                continue
-            kept.append(_with_ids(record, row))
-        self.counts.kept += len(kept)
-        return kept
-
-
-def _with_ids(record: Conversation, row: RenderedRow) -> Conversation:
-    first = row.loss_mask.index(True)
-    return replace(
-        record, prompt_token_ids=row.input_ids[:first], output_token_ids=row.input_ids[first:]
-    )
-
-
-def _ids(record: Conversation) -> list[int]:
-    prompt, output = exact_ids(record)
-    return prompt + output

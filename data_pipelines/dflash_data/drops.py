@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 
+from dflash_train.records.conversation import Conversation
+
 
 class DropReason(Enum):
     """Every reason for which a logged call may be missing from a stage's output."""
@@ -44,6 +46,10 @@ class Drop:
     """One call that was read but not kept."""
 
     reason: DropReason
+
+
+Call = Conversation | Drop
+"""What an adapter gives for one logged call."""
 
 
 class UnusableError(Exception):

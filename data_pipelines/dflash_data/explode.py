@@ -1,4 +1,4 @@
-"""Calls, turns and sessions: which call continues which, and which calls are the same.
+"""Calls, turns and sessions: which call continues which, and which history can be told.
 
 A logged call repeats its history, so the calls of one session form a chain. The contract
 that `regenerate` builds on:
@@ -12,6 +12,8 @@ that `regenerate` builds on:
   exactly `messages[:i]` as its prompt; `prefix_key` finds it. Walking the turns in order
   therefore always knows the answer to put there. Records without that promise are dropped
   here as `content_missing`.
+
+All functions see the records of one bucket (`bucket_of`), which holds whole sessions.
 """
 
 import hashlib
@@ -25,13 +27,10 @@ import orjson
 from dflash_data.drops import DropReason
 from dflash_train.records.conversation import Conversation, Turn
 
-MAX_ANSWERS_PER_PREFIX = 4
-"""Different on-policy answers kept for one prompt; later retries are duplicates."""
-
 
 @dataclass
 class Sifted:
-    """What a step over the whole log hands on, what it dropped, and what else it counted."""
+    """What a step over many records hands on, what it dropped, and what else it counted."""
 
     kept: list[Conversation]
     dropped: Counter[DropReason] = field(default_factory=Counter)
@@ -48,6 +47,18 @@ def instant(record: Conversation) -> float | None:
     return datetime.fromisoformat(record.ts).timestamp() if record.ts else None
 
 
+def bucket_of(record: Conversation, num_buckets: int) -> int:
+    """Give the bucket of a scrubbed call, 0 .. num_buckets - 1; sessions and chains stay whole.
+
+    Without a session it is that of the tenant and the messages up to the first user turn, which
+    every call of a chain repeats.
+    """
+    if num_buckets == 1:
+        return 0
+    key = record.session.encode() if record.session is not None else _opening(record)
+    return int.from_bytes(hashlib.sha256(key).digest()[:8]) % num_buckets
+
+
 def prefix_key(messages: list[Turn], record: Conversation) -> str:
     """Hash everything the target sees before it answers: messages, tools and thinking mode."""
     seen = [messages, record.tools, record.sampling.get("enable_thinking")]
@@ -61,6 +72,16 @@ def missing_answers(record: Conversation) -> list[int]:
         for index, turn in enumerate(record.prompt)
         if turn.role == "assistant" and turn.content is None and not turn.tool_calls
     ]
+
+
+def needed_prefix(record: Conversation) -> str | None:
+    """Give the prefix key of the record that a record builds on; None if its history is whole.
+
+    That is the prompt of its last missing answer. The record with that prompt builds on the one
+    before in turn, so that one key stands for the whole history.
+    """
+    missing = missing_answers(record)
+    return prefix_key(record.messages[: missing[-1]], record) if missing else None
 
 
 def explode(calls: list[Conversation]) -> Sifted:
@@ -82,74 +103,32 @@ def explode(calls: list[Conversation]) -> Sifted:
     return sifted
 
 
+def by_session(records: Iterable[Conversation]) -> list[list[Conversation]]:
+    """Group exploded records by session; each group in the order given."""
+    sessions: dict[str, list[Conversation]] = defaultdict(list)
+    for record in records:
+        sessions[record.session or record.id].append(record)
+    return list(sessions.values())
+
+
+def is_chained(session: list[Conversation]) -> bool:
+    """Say whether a session, in log order, was found by its history and not named in the log."""
+    return session[0].session in (None, _session_of_chain(session[0]))
+
+
 def drop_orphans(records: list[Conversation]) -> Sifted:
     """Drop records whose history lacks an answer that no kept record of the session can give."""
     sifted = Sifted([])
     prompts: set[tuple[str | None, str]] = set()
     for record in sorted(records, key=lambda record: record.turn):
-        needed = [prefix_key(record.messages[:index], record) for index in missing_answers(record)]
-        if all((record.session, key) in prompts for key in needed):
+        needed = needed_prefix(record)
+        if needed is None or (record.session, needed) in prompts:
             prompts.add((record.session, prefix_key(record.prompt, record)))
             sifted.kept.append(record)
         else:
             sifted.dropped[DropReason.content_missing] += 1
     sifted.kept = in_log_order(sifted.kept)
     return sifted
-
-
-def merge_repeats(records: list[Conversation], splits: Iterable[str]) -> Sifted:
-    """Merge records of the named splits that ask the same and were answered the same.
-
-    The earliest record stands for all; `weight` says for how many. Repeats are merged within a
-    split only, never across the cut: the target of a time-based split is what recurs later. A
-    record that later turns of its own session build on stays. An answer counts as different
-    only if the target wrote it (on-policy); every other answer will be rewritten, to the same.
-    """
-    sifted = Sifted([record for record in records if record.split not in set(splits)])
-    for split in splits:
-        part = _merge_repeats([record for record in records if record.split == split])
-        sifted.kept += part.kept
-        sifted.dropped += part.dropped
-        sifted.facts += part.facts
-    sifted.kept = in_log_order(sifted.kept)
-    return sifted
-
-
-def _merge_repeats(records: list[Conversation]) -> Sifted:
-    sifted = Sifted([])
-    alike: dict[str, list[Conversation]] = defaultdict(list)
-    for record in in_log_order(records):
-        alike[prefix_key(record.prompt, record)].append(record)
-    built_on: set[tuple[str | None, str]] = set()
-    # Later turns first: whether they stay decides which earlier turns are built on.
-    for key, group in sorted(alike.items(), key=lambda item: -item[1][0].turn):
-        kept = _merge_group(
-            group, {record.id for record in group if (record.session, key) in built_on}
-        )
-        num_merged = sum(record.weight for record in kept) - len(kept)
-        sifted.dropped[DropReason.duplicate] += len(group) - len(kept)
-        sifted.facts["merged"] += num_merged
-        sifted.kept += kept
-        for record in kept:
-            for index in missing_answers(record):
-                built_on.add((record.session, prefix_key(record.messages[:index], record)))
-    return sifted
-
-
-def _merge_group(group: list[Conversation], needed_ids: set[str]) -> list[Conversation]:
-    """Merge calls with one prompt, one survivor per answer plus every record that is needed."""
-    by_answer: dict[bytes, list[Conversation]] = defaultdict(list)
-    for record in group:
-        by_answer[orjson.dumps(record.answer) if record.on_policy else b""].append(record)
-    kept: list[Conversation] = []
-    for num_answers, same in enumerate(by_answer.values(), start=1):
-        survivors = [record for record in same if record.id in needed_ids]
-        if not survivors and num_answers <= MAX_ANSWERS_PER_PREFIX:
-            survivors = same[:1]
-        if survivors:
-            survivors[0].weight += len(same) - len(survivors)
-        kept += survivors
-    return kept
 
 
 def _chain_sessions(calls: list[Conversation]) -> None:
@@ -163,8 +142,12 @@ def _chain_sessions(calls: list[Conversation]) -> None:
         if len(chain) > 1:
             call.session = chain.pop()
         else:
-            call.session = chain[0] if chain else f"starts-with {call.id}"
+            call.session = chain[0] if chain else _session_of_chain(call)
         open_ends[_history_key(call, call.prompt)].append(call.session)
+
+
+def _session_of_chain(first: Conversation) -> str:
+    return "h:" + hashlib.sha256(f"chain {first.id}".encode()).hexdigest()[:16]
 
 
 def _history_before_last_answer(call: Conversation) -> list[Turn]:
@@ -174,6 +157,11 @@ def _history_before_last_answer(call: Conversation) -> list[Turn]:
 
 def _history_key(call: Conversation, history: list[Turn]) -> str:
     return hashlib.sha256(orjson.dumps([call.tenant, history])).hexdigest()
+
+
+def _opening(call: Conversation) -> bytes:
+    users = [index for index, turn in enumerate(call.messages) if turn.role == "user"]
+    return orjson.dumps([call.tenant, call.messages[: users[0] + 1 if users else 1]])
 
 
 def _log_position(record: Conversation) -> tuple[float, str]:

@@ -1,31 +1,40 @@
 """The ingest stage: from request logs to scrubbed conversations in three splits.
 
-    dflash-train ingest recipe=smollm2 data.logs=LOGS
+    dflash-train ingest recipe=smollm2 data.logs=LOGS [executor=local|slurm|ray]
 
-One datatrove pipeline, top to bottom in `pipeline()`. Each step loops and counts; the work is a
-pure function of its own module. Most steps need the whole log (a session may span files), and
-nothing may reach the disk unscrubbed, so the log is held in memory.
+Four phases of datatrove tasks, in `ingest_steps`: read (tasks are parts of the log), chain (tasks
+are buckets of whole sessions), decide (one task, over rows of numbers) and write (buckets again).
+Memory is bounded by what the tasks of one machine hold at a time, and no temporary file holds
+anything unscrubbed. The bytes of the result depend on the log and the recipe, never on
+executor, number of workers or order of files. File names matter in one case: a call without an
+id of its own is identified by file name and line.
 
-Repeats are merged after the splits, and in train and validation only: traffic repeats on
-purpose, so the test window keeps every call and train never absorbs calls of the test window.
+Temporary files lie in `ingest/`, named by the hash of all that decides them, so that a run cut
+short goes on where it was and a changed log starts anew. They go when the stage ends.
+
+Repeats are merged in train and validation only: traffic repeats on purpose, so the test window
+keeps every call and train never absorbs calls of the test window.
 """
 
+import os
+import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
+from typing import Any
 
-from dflash_data.adapters import ADAPTERS, Adapter
-from dflash_data.decontaminate import EvaluationText, decontaminate
-from dflash_data.drops import Drop, DropReason, all_reasons, worst_first
-from dflash_data.executor import Document, Documents, PipelineStep, run_pipeline
-from dflash_data.explode import Sifted, drop_orphans, explode, merge_repeats
-from dflash_data.log_files import find_log_files, read_lines
-from dflash_data.pseudonyms import Pseudonyms, load_pseudonyms
-from dflash_data.record_index import write_record_index
-from dflash_data.scrub import POLICY, scrub
-from dflash_data.splits import assign_splits, time_cuts
-from dflash_train.config import DataConfig, RecipeConfig
+import numpy as np
+import orjson
+
+from dflash_data.data_card import data_card, write_data_card
+from dflash_data.decisions import KEPT, read_decisions
+from dflash_data.decontaminate import EvaluationText, user_turns
+from dflash_data.drops import DropReason, all_reasons, worst_first
+from dflash_data.executor import run_phases, slurm_script
+from dflash_data.ingest_plan import IngestPlan
+from dflash_data.ingest_steps import phases, shard_name
+from dflash_data.record_index import INDEX_NAME, join_index_parts
+from dflash_data.sources import LogPart, parts_hash, plan_parts
+from dflash_train.config import DataConfig, RecipeConfig, to_plain
 from dflash_train.records.conversation import SPLITS, Conversation, write_shard
 from dflash_train.records.manifest import (
     Counts,
@@ -33,192 +42,141 @@ from dflash_train.records.manifest import (
     Manifest,
     atomic_path,
     content_hash,
-    file_hash,
 )
 
 FOLDER = "conversations"
-LEARNING_SPLITS = ("train", "validation")
-"""Splits that are balanced and decontaminated; test stays as production sent it."""
+WORK_FOLDER = "ingest"
 
 
 def ingest(
     config: RecipeConfig,
-    logs: Path,
+    logs: str | Path,
     *,
     evaluation: dict[str, list[Conversation]],
     manifest: Manifest,
 ) -> Manifest:
-    """Write `conversations/` of this run: one shard per split and evaluation set, manifest last.
+    """Write `conversations/` of this run: shards, index and data card, manifest last.
 
     Args:
         config: The recipe.
-        logs: Log file, folder or glob.
+        logs: What `data.logs` may be: file, folder, glob or address.
         evaluation: Prompts of each evaluation set, by name; they stay out of training.
         manifest: Says who asked (stage, recipe hash, inputs, versions); counts, outputs and
             details are added here.
 
     Raises:
         ValueError: No usable line, too many drops for one reason, or a split without a record.
+        UnavailableError: A cluster does the work; the same command ends the stage later.
     """
-    files = find_log_files(logs)
-    pseudonyms = load_pseudonyms(config)
-    input_hash = content_hash([file_hash(path) for path in files])
+    parts = plan_parts(str(logs), format=config.data.format)
+    plan = plan_ingest(config, parts, evaluation)
+    try:
+        totals = run_phases(phases(plan), plan.work, config.executor)
+        splits = orjson.loads(plan.facts.read_bytes())
+        _check(totals, str(logs), config.data)
+    except ValueError:  # the user changes log or recipe, so nothing of this can be used again
+        shutil.rmtree(plan.work.parent, ignore_errors=True)
+        raise
     with atomic_path(config.run_dir / FOLDER) as folder:
-        folder.mkdir()
-        steps = pipeline(files, folder, config.data, pseudonyms, EvaluationText(evaluation))
-        totals = run_pipeline(steps, config.run_dir / "logs", input_hash)
-        _check(totals, logs, config.data)
-        rows = {split: totals[f"rows/{split}"] for split in SPLITS}
-        for name, prompts in sorted(evaluation.items()):
-            rows[f"eval-{name}"] = _write_evaluation(folder, name, prompts)
-        manifest.counts = Counts(
-            read=totals["read"],
-            kept=sum(rows[split] for split in SPLITS),
-            dropped=all_reasons(_drops(totals)),
-        )
-        manifest.outputs = [
-            FileEntry.of(_shard(folder, split), folder, rows=num_rows)
-            for split, num_rows in rows.items()
-        ]
-        manifest.outputs.append(FileEntry.of(write_record_index(folder), folder))
-        manifest.details |= _details(totals, len(files), sorted(evaluation))
-        manifest.write(folder)
+        shutil.copytree(plan.out, folder, copy_function=os.link)
+        _finish(folder, plan, totals, splits, evaluation, manifest, config.data)
+    shutil.rmtree(plan.work.parent)
     return manifest
 
 
-def pipeline(
-    files: list[Path],
-    folder: Path,
-    data: DataConfig,
-    pseudonyms: Pseudonyms,
-    evaluation: EvaluationText,
-) -> list[PipelineStep]:
-    """List the steps in order; content is unscrubbed up to and including `explode`."""
-    return [
-        ReadLogs(files),
-        Adapt(ADAPTERS["openai"]),
-        Sift("explode", explode),
-        Sift("scrub", lambda records: scrub(records, pseudonyms)),
-        Sift("splits", lambda records: assign_splits(records, time_cuts(records, data), data)),
-        Sift("decontaminate", lambda records: decontaminate(records, evaluation, LEARNING_SPLITS)),
-        Sift("orphans", drop_orphans),
-        Sift("repeats", partial(merge_repeats, splits=LEARNING_SPLITS)),
-        WriteShards(folder),
+def plan_ingest(
+    config: RecipeConfig, parts: list[LogPart], evaluation: dict[str, list[Conversation]]
+) -> IngestPlan:
+    """Plan the tasks; the folder of their temporary files is named by all that decides them."""
+    plan = IngestPlan(config, parts, Path(), EvaluationText(evaluation))
+    decisive = [
+        parts_hash(parts),
+        [[(piece.name, piece.start, piece.end) for piece in part.slices] for part in parts],
+        to_plain(plan.data),
+        sorted(plan.excluded),
+        plan.key_mark,
+        {name: [user_turns(prompt) for prompt in some] for name, some in evaluation.items()},
     ]
+    name = content_hash(decisive).removeprefix("sha256:")[:12]
+    plan.work = (config.run_dir / WORK_FOLDER / name).absolute()
+    return plan
 
 
-class ReadLogs(PipelineStep):
-    """Yields one document per log line, held in memory only."""
-
-    name = "read logs"
-    type = "reader"
-
-    def __init__(self, files: list[Path]) -> None:
-        super().__init__()
-        self.files = files
-
-    def run(self, data: Documents = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
-        """Read all files in order."""
-        for path in self.files:
-            for place, line in read_lines(path):
-                yield Document(text="", id=place, metadata={"line": line})
+def slurm_scripts(
+    config: RecipeConfig, logs: str | Path, *, evaluation: dict[str, list[Conversation]]
+) -> dict[str, str]:
+    """Give the scripts that `executor=slurm` would submit, by phase; nothing is submitted."""
+    parts = plan_parts(str(logs), format=config.data.format)
+    plan = plan_ingest(config, parts, evaluation)
+    return {phase.name: slurm_script(phase, plan.work, config.executor) for phase in phases(plan)}
 
 
-class Adapt(PipelineStep):
-    """Turns lines into conversations."""
-
-    name = "adapt"
-    type = "adapter"
-
-    def __init__(self, adapter: Adapter) -> None:
-        super().__init__()
-        self.adapter = adapter
-
-    def run(self, data: Documents = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
-        """Yield the conversations of every line; count what was read and dropped."""
-        for line in data or ():
-            for call in self.adapter(line.metadata["line"], line.id):
-                self.stat_update("read")
-                if isinstance(call, Drop):
-                    self.stat_update(f"dropped/{call.reason.value}")
-                else:
-                    yield _document(call)
-
-
-class Sift(PipelineStep):
-    """Hands all records to one function of the whole log and counts what it drops."""
-
-    type = "sift"
-
-    def __init__(self, name: str, work: Callable[[list[Conversation]], Sifted]) -> None:
-        self.name = name
-        super().__init__()
-        self.work = work
-
-    def run(self, data: Documents = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
-        """Yield the records that the function keeps."""
-        sifted = self.work([_conversation(document) for document in data or ()])
-        for reason, count in sifted.dropped.items():
-            self.stat_update(f"dropped/{reason.value}", value=count)
-        for fact, count in sifted.facts.items():
-            self.stat_update(f"{self.name}/{fact}", value=count)
-        yield from map(_document, sifted.kept)
+def _finish(
+    folder: Path,
+    plan: IngestPlan,
+    totals: Counter[str],
+    splits: dict[str, dict[str, object]],
+    evaluation: dict[str, list[Conversation]],
+    manifest: Manifest,
+    data: DataConfig,
+) -> None:
+    """Put evaluation prompts, index, data card and manifest beside the shards."""
+    shards = sorted(path.name for path in folder.iterdir())
+    rows = _rows_by_shard(plan)
+    outputs = [FileEntry.of(folder / name, folder, rows=rows[name]) for name in shards]
+    index_parts = [plan.index_part(bucket) for bucket in range(plan.num_buckets)]
+    join_index_parts(index_parts, folder / INDEX_NAME)
+    for name, prompts in sorted(evaluation.items()):
+        path = folder / shard_name(f"eval-{name}")
+        outputs.append(FileEntry.of(path, folder, rows=_write_evaluation(path, name, prompts)))
+    manifest.counts = Counts(
+        read=totals["read"],
+        kept=sum(totals[f"rows/{split}"] for split in SPLITS),
+        dropped=all_reasons(_drops(totals)),
+    )
+    card = data_card(totals, manifest.counts, splits, data, sorted(evaluation))
+    others = [folder / INDEX_NAME, *write_data_card(folder, card)]
+    manifest.outputs = outputs + [FileEntry.of(path, folder) for path in others]
+    manifest.details |= _details(card, _num_files(plan))
+    manifest.write(folder)
 
 
-class WriteShards(PipelineStep):
-    """Writes one shard per split; an empty split gives an empty shard."""
-
-    name = "write shards"
-    type = "writer"
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__()
-        self.folder = folder
-
-    def run(self, data: Documents = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
-        """Write all records in the order in which they come."""
-        records = [_conversation(document) for document in data or ()]
-        assert all(record.privacy.scrubbed for record in records), "scrub runs before any write"
-        for split in SPLITS:
-            of_split = [record for record in records if record.split == split]
-            num_rows = write_shard(_shard(self.folder, split), of_split)
-            self.stat_update(f"rows/{split}", value=num_rows)
-        yield from map(_document, records)
+def _rows_by_shard(plan: IngestPlan) -> dict[str, int]:
+    rows: dict[str, int] = {}
+    for bucket in range(plan.num_buckets):
+        decisions = read_decisions(plan.decided(bucket))
+        splits = decisions["split"][decisions["reason"] == KEPT]
+        counts = np.bincount(splits, minlength=len(SPLITS)).tolist()
+        rows |= {shard_name(split, bucket): counts[place] for place, split in enumerate(SPLITS)}
+    return rows
 
 
-def _document(record: Conversation) -> Document:
-    return Document(text="", id=record.id, metadata={"conversation": record})
-
-
-def _conversation(document: Document) -> Conversation:
-    return document.metadata["conversation"]
-
-
-def _shard(folder: Path, split: str) -> Path:
-    return folder / f"{split}-00000.jsonl.gz"
-
-
-def _write_evaluation(folder: Path, name: str, prompts: list[Conversation]) -> int:
+def _write_evaluation(path: Path, name: str, prompts: list[Conversation]) -> int:
     for prompt in prompts:
         prompt.split = f"eval-{name}"
-    return write_shard(_shard(folder, f"eval-{name}"), prompts)
+    return write_shard(path, prompts)
+
+
+def _num_files(plan: IngestPlan) -> int:
+    return len({piece.address for part in plan.parts for piece in part.slices})
 
 
 def _drops(totals: Counter[str]) -> dict[DropReason, int]:
     return {reason: totals[f"dropped/{reason.value}"] for reason in DropReason}
 
 
-def _check(totals: Counter[str], logs: Path, data: DataConfig) -> None:
+def _check(totals: Counter[str], logs: str, data: DataConfig) -> None:
     """Raise ValueError if the log gives too little to go on; the message holds counts only."""
     counts = all_reasons(_drops(totals))
     occurred = f"{totals['read']} calls read, dropped: {worst_first(counts)}"
     if not any(totals[f"rows/{split}"] for split in SPLITS):
         raise ValueError(
-            f"data.logs (={logs}) has no usable line ({occurred}). It must hold OpenAI "
-            'request/response pairs, one JSON object per line: {"request": ..., "response": ...}.'
+            f"data.logs (={logs}) has no usable line ({occurred}). If it is a request log of "
+            "another format than was found in it, set data.format."
         )
-    # A merged repeat lives on in the weight of another record.
-    counts[DropReason.duplicate.value] -= totals["repeats/merged"]
+    # What was merged lives on in the weight of another record.
+    counts[DropReason.duplicate.value] -= totals["merged_repeats"]
+    counts[DropReason.cluster_cap.value] = 0
     for reason, count in counts.items():
         if count > data.max_drop_share * totals["read"]:
             raise ValueError(
@@ -234,22 +192,16 @@ def _check(totals: Counter[str], logs: Path, data: DataConfig) -> None:
             )
 
 
-def _details(totals: Counter[str], num_files: int, eval_names: list[str]) -> dict[str, object]:
+def _details(card: dict[str, Any], num_files: int) -> dict[str, object]:
     """Give the facts behind the counts: repeats, redactions, sessions. Never a value."""
-    redactions = {
-        name.removeprefix("scrub/"): count
-        for name, count in sorted(totals.items())
-        if name.startswith("scrub/") and name != "scrub/records_touched"
-    }
     return {
         "log_files": num_files,
-        "merged_repeats": totals["repeats/merged"],
-        "sessions": totals["splits/sessions"],
-        "sessions_not_time_based": totals["splits/sessions_not_time_based"],
-        "contaminated": {name: totals[f"decontaminate/{name}"] for name in eval_names},
+        "merged_repeats": card["repeats"]["merged"],
+        "removed_by_cap": card["repeats"]["removed_by_cap"],
+        "sessions": card["sessions"],
+        "sessions_not_time_based": card["sessions_not_time_based"],
+        "contaminated": card["contaminated"],
         "privacy": {
-            "policy": POLICY,
-            "records_touched": totals["scrub/records_touched"],
-            "redactions": redactions,
+            key: card["privacy"][key] for key in ("policy", "records_touched", "redactions")
         },
     }

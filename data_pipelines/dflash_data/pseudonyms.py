@@ -5,12 +5,13 @@ environment variable DFLASH_HMAC_KEY, else from a file that the first run makes 
 folder (mode 0600), so that reruns give the same hashes.
 """
 
-import hashlib
 import hmac
 import os
 import secrets
 from pathlib import Path
+from typing import NamedTuple
 
+from dflash_data.text_cache import TextCache
 from dflash_train.config import RecipeConfig
 from dflash_train.records.manifest import atomic_path
 
@@ -18,23 +19,47 @@ KEY_FILE_NAME = ".hmac-key"
 ENVIRONMENT_VARIABLE = "DFLASH_HMAC_KEY"
 MIN_KEY_BYTES = 16
 NUM_HEX_DIGITS = 16
+MAX_CACHED_CHARACTERS = 4_000_000
+"""Per process: the open sessions of a busy hour, a few megabytes."""
+
+
+class MarkedText(NamedTuple):
+    """A text whose private values are marks, and their kinds in order."""
+
+    text: str
+    kinds: tuple[str, ...]
 
 
 class Pseudonyms:
-    """Gives `h:` pseudonyms; the key shows neither in its text form nor in datatrove's logs."""
+    """Gives `h:` pseudonyms; the key shows neither in its text form nor in datatrove's logs.
 
-    __slots__ = ("_key",)
+    `marked` holds texts and what scrubbing made of them, which depends on the key. It stays in
+    this process: a pickled copy starts empty, so nothing unscrubbed goes to a worker's file.
+    """
+
+    __slots__ = ("_key", "marked")
 
     def __init__(self, key: bytes) -> None:
         self._key = key
+        self.marked: TextCache[MarkedText] = TextCache(MAX_CACHED_CHARACTERS)
 
     def __repr__(self) -> str:
         return "Pseudonyms(key=hidden)"
 
+    def __reduce__(self) -> tuple[type["Pseudonyms"], tuple[bytes]]:
+        return Pseudonyms, (self._key,)
+
     def hide(self, kind: str, *parts: str | None) -> str:
         """Give the pseudonym of a provider id; kinds (`session`, `tenant`, ...) never collide."""
-        message = "\x1f".join([kind, *(part or "" for part in parts)]).encode()
-        return "h:" + hmac.new(self._key, message, hashlib.sha256).hexdigest()[:NUM_HEX_DIGITS]
+        return "h:" + self._hex("\x1f".join([kind, *(part or "" for part in parts)]))
+
+    def mark(self, kind: str, value: str) -> str:
+        """Give the keyed hash of a private value, 16 hex digits; equal values, equal hashes."""
+        return self._hex(f"mark\x1f{kind}\x1f{value}")
+
+    def _hex(self, message: str) -> str:
+        digest = hmac.digest(self._key, message.encode(errors="surrogatepass"), "sha256")
+        return digest.hex()[:NUM_HEX_DIGITS]
 
 
 def load_pseudonyms(config: RecipeConfig) -> Pseudonyms:

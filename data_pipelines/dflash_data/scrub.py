@@ -1,134 +1,156 @@
 """Privacy: typed placeholders for personal data and secrets, before anything is written.
 
-`EMAIL_1` always means the same value within one session and says nothing across sessions.
+`EMAIL_1` always means the same value within one session and says nothing across sessions. Calls
+are scrubbed before anyone knows their session, so this takes two steps. `scrub_call` puts a mark,
+a keyed hash, in place of each private value. `name_placeholders` gets the calls of one session
+in log order and turns its marks into numbered names.
+
 The spans of placeholders in `content` are kept: a placeholder in an answer is text that the
 target never wrote, so its tokens must not be supervised. A secret in an answer drops the
 record. Provider ids become keyed hashes. Only counts leave this module, never a value.
 """
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
-from dflash_data.detectors import SECRETS, find_private
-from dflash_data.drops import DropReason
-from dflash_data.explode import Sifted, in_log_order
+import orjson
+
+from dflash_data.detectors import SECRETS
+from dflash_data.marks import Placeholders, mark_id, mark_json_text, mark_text, mark_value
 from dflash_data.pseudonyms import Pseudonyms
 from dflash_train.records.conversation import Conversation, Privacy, Turn
 
-POLICY = "1"
+POLICY = "2"
 """Version of the detectors; stored with each record."""
-
-Span = tuple[int, int, str]
-"""Start and end of a placeholder in the scrubbed text, in characters, and its kind."""
-
-
-class Placeholders:
-    """Numbers the values of one session by kind: the first address is EMAIL_1."""
-
-    def __init__(self) -> None:
-        self._numbers: dict[tuple[str, str], int] = {}
-        self._num_of_kind: Counter[str] = Counter()
-
-    def name(self, kind: str, value: str) -> str:
-        """Give the placeholder of a value, the same one each time."""
-        if (kind, value) not in self._numbers:
-            self._num_of_kind[kind] += 1
-            self._numbers[kind, value] = self._num_of_kind[kind]
-        return f"{kind}_{self._numbers[kind, value]}"
+BESIDE_CONTENT = ("reasoning", "name", "tool_call_id", "tool_calls")
+"""Fields of a message that are scrubbed too; `privacy.spans` cannot point into them."""
 
 
-def scrub(records: list[Conversation], pseudonyms: Pseudonyms) -> Sifted:
-    """Scrub every record and hide its provider ids; secrets in an answer drop it.
+def scrub_call(record: Conversation, pseudonyms: Pseudonyms) -> Counter[str]:
+    """Replace what is private in one record by marks, in place, and hide its provider ids.
 
-    The facts count redactions as `EMAIL/user` and the touched records as `records_touched`.
-    """
-    sifted = Sifted([])
-    sessions: dict[tuple[str | None, str | None], Placeholders] = {}
-    for record in in_log_order(records):
-        placeholders = sessions.setdefault((record.tenant, record.session), Placeholders())
-        by_role = scrub_record(record, placeholders)
-        _hide_ids(record, pseudonyms)
-        sifted.facts += by_role
-        sifted.facts["records_touched"] += bool(by_role)
-        if _has_secret_in_answer(by_role):
-            sifted.dropped[DropReason.secret_in_answer] += 1
-        else:
-            sifted.kept.append(record)
-    return sifted
-
-
-def scrub_record(record: Conversation, placeholders: Placeholders) -> Counter[str]:
-    """Replace what is private in one record, in place, and count it as `KIND/role`.
-
-    The supervised answer counts under the role `answer`, earlier ones under `assistant`. A
+    The record may be of any session, known or not; `name_placeholders` finishes the work. A
     record with any redaction loses its token ids, which carry the original text.
+
+    Returns:
+        Redactions as `KIND/role`. The supervised answer counts under the role `answer`, earlier
+        ones under `assistant`, what is beside the messages under `tools` and `sampling`.
     """
     by_role: Counter[str] = Counter()
-    spans: list[tuple[int, int, int, str]] = []
-    answer_is_whole = True
-    for index, turn in enumerate(record.messages):
-        role = "answer" if turn is record.answer else turn.role
-        if turn.content is not None:
-            turn.content, found = scrub_text(turn.content, placeholders)
-            spans += [(index, *span) for span in found]
-            by_role.update(f"{kind}/{role}" for _, _, kind in found)
-        kinds = _scrub_beside_content(turn, placeholders)
-        by_role.update(f"{kind}/{role}" for kind in kinds)
-        answer_is_whole = answer_is_whole and not (role == "answer" and kinds)
-    record.tools, kinds = _scrub_value(record.tools, placeholders)
-    by_role.update(f"{kind}/tools" for kind in kinds)
-    record.sampling, kinds = _scrub_value(record.sampling, placeholders)
-    by_role.update(f"{kind}/sampling" for kind in kinds)
-    record.privacy = Privacy(
-        scrubbed=True, policy=POLICY, redactions=_by_kind(by_role), spans=spans
-    )
+    answer = record.answer
+    for turn in record.messages:
+        role = "answer" if turn is answer else turn.role
+        _count(by_role, role, _mark_turn(record, turn, pseudonyms))
+    if record.tools:
+        record.tools, kinds = mark_value(record.tools, pseudonyms)
+        _count(by_role, "tools", kinds)
+    for key, value in record.sampling.items():
+        if isinstance(value, str | list | dict):
+            record.sampling[key], kinds = mark_value(value, pseudonyms)
+            _count(by_role, "sampling", kinds)
+    record.privacy = Privacy(scrubbed=True, policy=POLICY, redactions=_by_kind(by_role))
     if by_role:
         record.prompt_token_ids = record.output_token_ids = None
-    if not answer_is_whole and record.on_policy:
-        # Spans exist for content only: other altered parts of an answer cannot be masked.
-        record.on_policy, record.on_policy_reason = False, "edited"
+    _hide_ids(record, pseudonyms)
     return by_role
 
 
-def scrub_text(text: str, placeholders: Placeholders) -> tuple[str, list[Span]]:
-    """Give a text with placeholders, and where they stand in it."""
-    pieces: list[str] = []
-    spans: list[Span] = []
-    length = read_to = 0
-    for finding in find_private(text):
-        before = text[read_to : finding.start]
-        name = placeholders.name(finding.kind, text[finding.start : finding.end])
-        pieces += [before, name]
-        length += len(before)
-        spans.append((length, length + len(name), finding.kind))
-        length += len(name)
-        read_to = finding.end
-    return "".join([*pieces, text[read_to:]]), spans
+def name_placeholders(records: list[Conversation]) -> None:
+    """Turn the marks of one session into `EMAIL_1`, `EMAIL_2`, ..., in place.
+
+    Args:
+        records: The records of one session in log order, each scrubbed by `scrub_call`. Naming
+            sets `privacy.spans`; records that are named already must not come again.
+    """
+    placeholders = Placeholders()
+    for record in records:
+        record.messages = [
+            _name_turn(record, index, turn, placeholders)
+            for index, turn in enumerate(record.messages)
+        ]
+        record.tools = placeholders.name_value(record.tools)
+        record.sampling = placeholders.name_value(record.sampling)
 
 
-def _scrub_beside_content(turn: Turn, placeholders: Placeholders) -> list[str]:
-    turn.reasoning, kinds = _scrub_value(turn.reasoning, placeholders)
-    turn.name, more_kinds = _scrub_value(turn.name, placeholders)
-    turn.tool_calls, call_kinds = _scrub_value(turn.tool_calls, placeholders)
-    return kinds + more_kinds + call_kinds
+def rescrub_answer(record: Conversation, pseudonyms: Pseudonyms) -> Counter[str]:
+    """Scrub the freshly written answer of a record that is scrubbed and named.
+
+    New placeholders go on where those of the record end. The values behind those are gone, so
+    one that the target repeats by chance gets a number of its own.
+
+    Returns:
+        Redactions as `KIND/answer`; empty without an answer.
+    """
+    by_role: Counter[str] = Counter()
+    if record.answer is None:
+        return by_role
+    index = len(record.messages) - 1
+    placeholders = Placeholders()
+    seen = [record.prompt, record.tools, record.sampling]
+    placeholders.skip_names(orjson.dumps(seen).decode())
+    _count(by_role, "answer", _mark_turn(record, record.answer, pseudonyms))
+    record.privacy.spans = [span for span in record.privacy.spans if span[0] != index]
+    record.messages[index] = _name_turn(record, index, record.answer, placeholders)
+    record.privacy.redactions = _by_kind(by_role + Counter(record.privacy.redactions))
+    if by_role:
+        record.prompt_token_ids = record.output_token_ids = None
+    return by_role
 
 
-def _scrub_value(value: Any, placeholders: Placeholders) -> tuple[Any, list[str]]:
-    """Scrub every text inside a JSON value, keys included."""
-    kinds: list[str] = []
+def has_secret_in_answer(by_role: Counter[str]) -> bool:
+    """Say whether the counts of a record hold a key or password in its answer."""
+    return any(f"{kind}/answer" in by_role for kind in SECRETS)
 
-    def scrubbed(part: Any) -> Any:
-        if isinstance(part, str):
-            text, spans = scrub_text(part, placeholders)
-            kinds.extend(kind for _, _, kind in spans)
-            return text
-        if isinstance(part, list):
-            return [scrubbed(element) for element in part]
-        if isinstance(part, dict):
-            return {scrubbed(key): scrubbed(element) for key, element in part.items()}
-        return part
 
-    return scrubbed(value), kinds
+def _mark_turn(record: Conversation, turn: Turn, pseudonyms: Pseudonyms) -> tuple[str, ...]:
+    """Mark one message and give the kinds found in it."""
+    kinds = beside_content = ()
+    if turn.content is not None:
+        turn.content, kinds = mark_text(turn.content, pseudonyms)
+    if turn.reasoning is not None:
+        turn.reasoning, found = mark_text(turn.reasoning, pseudonyms)
+        beside_content += found
+    if turn.name is not None:
+        turn.name, found = mark_text(turn.name, pseudonyms)
+        beside_content += found
+    if turn.tool_call_id is not None:
+        turn.tool_call_id, found = mark_id(turn.tool_call_id, pseudonyms)
+        beside_content += found
+    for call in turn.tool_calls or ():
+        beside_content += _mark_tool_call(call, pseudonyms)
+    if beside_content and turn is record.answer and record.on_policy:
+        # Spans exist for content only: other altered parts of an answer cannot be masked.
+        record.on_policy, record.on_policy_reason = False, "edited"
+    return kinds + beside_content
+
+
+def _mark_tool_call(call: dict[str, Any], pseudonyms: Pseudonyms) -> tuple[str, ...]:
+    """Mark one tool call, in place; its arguments still parse if they did before."""
+    kinds: tuple[str, ...] = ()
+    for key, value in call.items():
+        if key == "arguments" and isinstance(value, str):
+            call[key], found = mark_json_text(value, pseudonyms)
+        elif key == "id" and isinstance(value, str):
+            call[key], found = mark_id(value, pseudonyms)
+        elif key == "function" and isinstance(value, dict):
+            found = _mark_tool_call(value, pseudonyms)
+        else:
+            call[key], found = mark_value(value, pseudonyms)
+        kinds += found
+    return kinds
+
+
+def _name_turn(record: Conversation, index: int, turn: Turn, placeholders: Placeholders) -> Turn:
+    """Give a message with names and note the spans; a new one, as records may share messages."""
+    named: dict[str, Any] = {}
+    if turn.content is not None:
+        named["content"], spans = placeholders.name_text(turn.content)
+        record.privacy.spans += [(index, span.start, span.end, span.kind) for span in spans]
+    for field in BESIDE_CONTENT:
+        named[field] = placeholders.name_value(getattr(turn, field))
+    changed = {field: value for field, value in named.items() if value is not getattr(turn, field)}
+    return replace(turn, **changed) if changed else turn
 
 
 def _hide_ids(record: Conversation, pseudonyms: Pseudonyms) -> None:
@@ -140,8 +162,9 @@ def _hide_ids(record: Conversation, pseudonyms: Pseudonyms) -> None:
         record.source_ref = pseudonyms.hide("request", record.source, record.source_ref)
 
 
-def _has_secret_in_answer(by_role: Counter[str]) -> bool:
-    return any(f"{kind}/answer" in by_role for kind in SECRETS)
+def _count(by_role: Counter[str], role: str, kinds: tuple[str, ...]) -> None:
+    for kind in kinds:
+        by_role[f"{kind}/{role}"] += 1
 
 
 def _by_kind(by_role: Counter[str]) -> dict[str, int]:

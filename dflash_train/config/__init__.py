@@ -1,7 +1,16 @@
 """Every setting of a recipe, with its unit and its check: one dataclass per group."""
 
 from dflash_train.config.checks import UnavailableError, require
-from dflash_train.config.data import DataConfig, SampleTrafficConfig
+from dflash_train.config.data import (
+    DataConfig,
+    EndpointApi,
+    EndpointsConfig,
+    FeaturesDtype,
+    Regenerate,
+    SampleTrafficConfig,
+    ServingSampling,
+    parse_moment,
+)
 from dflash_train.config.learning import (
     LaunchConfig,
     LossConfig,
@@ -21,6 +30,8 @@ from dflash_train.config.models import (
 )
 from dflash_train.config.recipe import (
     EvaluateConfig,
+    ExecutorConfig,
+    ExecutorKind,
     RecipeConfig,
     TrackingConfig,
     WandbMode,
@@ -32,9 +43,38 @@ from dflash_train.config.recipe import (
 )
 
 __all__ = [
-    "Attention", "DataConfig", "DrafterInit", "DrafterSettings", "Dtype", "EvaluateConfig",
-    "LaunchConfig", "LossConfig", "OptimConfig", "OptimizerName", "Precision", "RecipeConfig",
-    "SampleTrafficConfig", "ScheduleName", "TargetConfig", "TrackingConfig", "TrainingConfig",
-    "UnavailableError", "WandbMode", "Weighting", "compose", "known_recipes", "recipes_dir",
-    "register", "require", "to_plain",
+    "Attention",
+    "DataConfig",
+    "DrafterInit",
+    "DrafterSettings",
+    "Dtype",
+    "EndpointApi",
+    "EndpointsConfig",
+    "EvaluateConfig",
+    "ExecutorConfig",
+    "ExecutorKind",
+    "FeaturesDtype",
+    "LaunchConfig",
+    "LossConfig",
+    "OptimConfig",
+    "OptimizerName",
+    "Precision",
+    "RecipeConfig",
+    "Regenerate",
+    "SampleTrafficConfig",
+    "ScheduleName",
+    "ServingSampling",
+    "TargetConfig",
+    "TrackingConfig",
+    "TrainingConfig",
+    "UnavailableError",
+    "WandbMode",
+    "Weighting",
+    "compose",
+    "known_recipes",
+    "parse_moment",
+    "recipes_dir",
+    "register",
+    "require",
+    "to_plain",
 ]  # fmt: skip

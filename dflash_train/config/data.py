@@ -1,9 +1,92 @@
 """What becomes of logs: sources, privacy, splits, answers, features."""
 
 from dataclasses import dataclass, field
+from datetime import UTC, date, datetime
+from enum import Enum
+from urllib.parse import urlsplit
 
 from dflash_train.config.checks import require
-from dflash_train.config.models import Dtype
+
+
+class FeaturesDtype(Enum):
+    """Number formats of stored target features."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float8_e4m3fn = "float8_e4m3fn"
+    """8 bits, with one float32 scale per token and tap layer."""
+
+
+class EndpointApi(Enum):
+    """Which of the OpenAI-compatible interfaces answers prompts."""
+
+    completions = "completions"
+    chat = "chat"
+
+
+class Regenerate(Enum):
+    """What becomes of a logged answer that the target did not write under the serving sampling."""
+
+    auto = "auto"
+    """The target answers the prompt again."""
+    never = "never"
+    """The call is dropped as `off_policy`."""
+
+
+@dataclass(kw_only=True)
+class ServingSampling:
+    """How the target is sampled in production: what logged answers are compared with.
+
+    Engines read some values as off: top_k 0 or -1, top_p 1, min_p 0, penalties 0, and 1 for the
+    repetition penalty. Temperature 0, or top_k 1, is greedy whatever the other cuts say.
+    """
+
+    temperature: float = 0.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    """Probability mass that is sampled from; 1 is all of it."""
+    top_k: int = 0
+    """Tokens that are sampled from; 0 is all of them."""
+    min_p: float = 0.0
+    """Least probability, relative to the likeliest token's; 0 is none."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logit of each token that the answer already holds."""
+    frequency_penalty: float = 0.0
+    """Subtracted as often as the answer already holds the token."""
+    repetition_penalty: float = 1.0
+    """Divides the logits of tokens that prompt or answer hold; 1 changes nothing."""
+    enable_thinking: bool | None = None
+    """Whether a target with this switch thinks before it answers; None: it has no such switch."""
+    reasoning_effort: str | None = None
+    """How long a target with such levels thinks, for example medium; None: it has none."""
+
+    def __post_init__(self) -> None:
+        ranges = {
+            "temperature": self.temperature >= 0,
+            "top_p": 0 < self.top_p <= 1,
+            "top_k": self.top_k >= 0,
+            "min_p": 0 <= self.min_p <= 1,
+            "repetition_penalty": self.repetition_penalty > 0,
+        }
+        for name, is_in_range in ranges.items():
+            require(
+                is_in_range,
+                f"data.serving_sampling.{name} (={getattr(self, name)}) is out of range. Set it to "
+                f"what the server uses, {ServingSampling.__dataclass_fields__[name].default} by "
+                "default.",
+            )
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the likeliest token is always taken."""
+        return self.temperature == 0 or self.top_k == 1
+
+    @property
+    def thinks(self) -> bool:
+        """Whether reasoning stands before each answer."""
+        if self.enable_thinking is not None:
+            return self.enable_thinking
+        return self.reasoning_effort not in (None, "none")
 
 
 @dataclass(kw_only=True)
@@ -23,6 +106,60 @@ class SampleTrafficConfig:
 
 
 @dataclass(kw_only=True)
+class EndpointsConfig:
+    """Servers of the target with OpenAI's API (vLLM, SGLang, llama.cpp, TGI) that answer for it."""
+
+    urls: list[str] = field(default_factory=list)
+    """Addresses such as http://host:8000/v1, all of the same model; empty answers in process."""
+    model: str | None = None
+    """Name under which the servers know the target; None asks them, if they serve one only."""
+    api: EndpointApi = EndpointApi.completions
+    """`completions` sends the prompt as token ids of our own rendering; `chat` sends messages, for
+    servers that take no ids."""
+    api_key_env: str | None = None
+    """Environment variable that holds the servers' key; None sends none."""
+    concurrency: int = 64
+    """Requests in flight at once, over all servers."""
+    max_retries: int = 8
+    """Further tries of a request that met a busy, broken or silent server."""
+    retry_wait_s: float = 0.5
+    """Seconds before the second try; they double from try to try up to 60, with jitter, unless the
+    server names its own."""
+    timeout_s: float = 600.0
+    """Seconds after which a server that says nothing counts as silent; an answer comes whole, so
+    it must hold the longest one."""
+
+    def __post_init__(self) -> None:
+        for url in self.urls:
+            parts = urlsplit(url)
+            require(
+                parts.scheme in ("http", "https") and bool(parts.hostname),
+                f"data.endpoints.urls (={_without_login(url)}) must be addresses that begin with "
+                "http:// or https://, such as http://localhost:8000/v1.",
+            )
+            require(
+                "@" not in parts.netloc,
+                f"data.endpoints.urls (={_without_login(url)}) holds a password, and recipes never "
+                "do. Take it out and name an environment variable in data.endpoints.api_key_env.",
+            )
+        require(
+            len(set(self.urls)) == len(self.urls),
+            f"data.endpoints.urls (={self.urls}) names a server twice. Name each once.",
+        )
+        for name in ("retry_wait_s", "timeout_s", "concurrency"):
+            value = getattr(self, name)
+            require(value > 0, f"data.endpoints.{name} (={value}) must be above 0.")
+        require(
+            self.max_retries >= 0,
+            f"data.endpoints.max_retries (={self.max_retries}) must not be negative. Set it to 8.",
+        )
+
+
+def _without_login(url: str) -> str:
+    return url.rsplit("@", 1)[-1]
+
+
+@dataclass(kw_only=True)
 class DataConfig:
     """From log files to rows of token ids and target features."""
 
@@ -33,6 +170,26 @@ class DataConfig:
     hmac_key_file: str | None = None
     """File with the key that hides sessions and tenants; None reads DFLASH_HMAC_KEY, else makes a
     random key for this run folder."""
+    format: str | None = None
+    """Name of the log's format; None finds it from the content of each file."""
+    excluded_tenants: list[str] = field(default_factory=list)
+    """Customers, named as in the log, whose calls are never used. No output holds these names."""
+    max_age_days: int | None = None
+    """Calls older than this, counted back from `data.retention_date`, and calls without a time
+    are dropped as `expired`; None keeps all."""
+    retention_date: str | None = None
+    """The day from which ages count, such as 2026-10-31, not the day of the run: the same recipe
+    gives the same data on any day."""
+    max_answers_per_prefix: int = 4
+    """Different answers of the target itself kept for one prompt; later ones are duplicates."""
+    max_per_cluster: int = 8
+    """Near-duplicates kept of each cluster in train, and in validation; the others add to the
+    weight of one that stays."""
+    validation_days: float | None = None
+    """Days before the test window that choose the best checkpoint; overrides
+    `validation_share`."""
+    test_days: float | None = None
+    """Newest days held out for the report; overrides `test_share`."""
     validation_share: float = 0.10
     """Share of the time range, before the test window, whose sessions choose the best
     checkpoint."""
@@ -46,20 +203,65 @@ class DataConfig:
     """Budget of one regenerated answer, in tokens."""
     batch_size: int = 64
     """Rows that the target processes at once."""
-    features_dtype: Dtype = Dtype.bfloat16
+    endpoints: EndpointsConfig = field(default_factory=EndpointsConfig)
+    """Servers that answer in the target's place."""
+    target_aliases: list[str] = field(default_factory=list)
+    """Names under which the target is logged, in full: NAME for any of its revisions, or
+    NAME@REVISION for one; for a LoRA target the adapter's name. Empty: no logged answer is its."""
+    target_valid_from: str | None = None
+    """First moment at which those names meant these weights, RFC 3339, UTC unless it says else."""
+    target_valid_until: str | None = None
+    """First moment at which they no longer did; None: they still do."""
+    serving_sampling: ServingSampling = field(default_factory=ServingSampling)
+    """How the target is sampled in production."""
+    trust_unknown_sampling: bool = False
+    """Take sampling settings that the log does not show for the serving ones. A setting that a
+    client leaves out is the server's own default, which is often not the neutral one."""
+    regenerate: Regenerate = Regenerate.auto
+    """Whether off-policy calls are answered again (auto) or dropped (never)."""
+    features_dtype: FeaturesDtype = FeaturesDtype.bfloat16
     """Number format of stored target features."""
+    shard_bytes: int = 512 * 2**20
+    """Largest feature shard that `collect` writes, in bytes; a longer single row stands alone."""
     teacher_top_k: int = 0
     """k, 0 .. V: keep the target's k most probable tokens at each answer token, for losses against
     its distribution, at 8 * k bytes per token; 0 keeps none."""
 
     def __post_init__(self) -> None:
-        for name in ("max_prompt_tokens", "max_new_tokens", "batch_size"):
+        _check_validity(self.target_valid_from, self.target_valid_until)
+        require(
+            bool(self.target_aliases) or self.regenerate is not Regenerate.never,
+            f"data.target_aliases (={self.target_aliases}) names nothing, so data.regenerate "
+            "(=never) would drop every call. Name the target as the log does, or set "
+            "data.regenerate to auto.",
+        )
+        for name in (
+            "max_prompt_tokens", "max_new_tokens", "batch_size", "max_answers_per_prefix",
+            "max_per_cluster",
+        ):  # fmt: skip
             value = getattr(self, name)
             require(value >= 1, f"data.{name} (={value}) must be at least 1.")
+        require(
+            self.shard_bytes >= 4096,
+            f"data.shard_bytes (={self.shard_bytes}) must be at least 4096. Set it to 536870912.",
+        )
         require(
             self.teacher_top_k >= 0,
             f"data.teacher_top_k (={self.teacher_top_k}) must not be negative. Set it to 0 to keep "
             "none, or to 8.",
+        )
+        for name in ("max_age_days", "validation_days", "test_days"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"data.{name} (={value}) must be above 0.")
+        require(
+            (self.max_age_days is None) == (self.retention_date is None),
+            f"data.max_age_days (={self.max_age_days}) and data.retention_date "
+            f"(={self.retention_date}) go together: add data.retention_date=YYYY-MM-DD, the day "
+            "from which ages count, or leave out both.",
+        )
+        require(
+            self.retention_date is None or _is_day(self.retention_date),
+            f"data.retention_date (={self.retention_date}) must be a day. Write it as 2026-10-31.",
         )
         for name in ("validation_share", "test_share", "max_drop_share"):
             value = getattr(self, name)
@@ -69,3 +271,41 @@ class DataConfig:
             f"data.validation_share (={self.validation_share}) and data.test_share "
             f"(={self.test_share}) leave nothing to train on. Lower them to 0.1 and 0.18.",
         )
+
+
+def parse_moment(text: str) -> datetime:
+    """Give the moment of an RFC 3339 text, or of a date: its first; UTC where no zone stands.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    moment = datetime.fromisoformat(text)
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+
+
+def _check_validity(valid_from: str | None, valid_until: str | None) -> None:
+    moments: list[datetime] = []
+    named = {"target_valid_from": valid_from, "target_valid_until": valid_until}
+    for name, text in named.items():
+        if text is None:
+            continue
+        try:
+            moments.append(parse_moment(text))
+        except ValueError as error:
+            raise ValueError(
+                f"data.{name} (={text}) must be a date or an RFC 3339 time. Set it to "
+                "2026-10-01T00:00:00Z, for example."
+            ) from error
+    require(
+        len(moments) < 2 or moments[0] < moments[1],
+        f"data.target_valid_until (={valid_until}) must lie after data.target_valid_from "
+        f"(={valid_from}). Swap them, or set one to null.",
+    )
+
+
+def _is_day(text: str) -> bool:
+    try:
+        date.fromisoformat(text)
+    except ValueError:
+        return False
+    return True

@@ -58,6 +58,45 @@ class EvaluateConfig:
             require(value >= 0, f"evaluate.{name} (={value}) must not be negative.")
 
 
+class ExecutorKind(Enum):
+    """Where the tasks of the ingest stage run."""
+
+    local = "local"
+    slurm = "slurm"
+    ray = "ray"
+
+
+@dataclass(kw_only=True)
+class ExecutorConfig:
+    """Where and how widely the ingest stage runs; never changes a byte of its result."""
+
+    kind: ExecutorKind = ExecutorKind.local
+    """Processes of this machine, a Slurm cluster or a Ray cluster."""
+    workers: int | None = None
+    """Tasks that run at once; None takes the cores of this machine, on Slurm no limit."""
+    memory_gb: int = 2
+    """Memory of one task in GB, which Slurm and Ray set aside."""
+    slurm_partition: str = "cpu"
+    """Partition of the cluster."""
+    slurm_time: str = "04:00:00"
+    """Longest time of one task, hours:minutes:seconds."""
+    slurm_environment: str = ""
+    """Shell command that activates this environment on a node, such as `source .venv/bin/activate`;
+    empty if it is already active there."""
+    ray_address: str | None = None
+    """Address of a running Ray cluster; None starts one on this machine."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.workers is None or self.workers >= 1,
+            f"executor.workers (={self.workers}) must be at least 1. Leave it out for all cores.",
+        )
+        require(
+            self.memory_gb >= 1,
+            f"executor.memory_gb (={self.memory_gb}) must be at least 1. Set it to 2.",
+        )
+
+
 @dataclass(kw_only=True)
 class TrackingConfig:
     """Where curves go. `metrics.jsonl` is always written."""
@@ -91,6 +130,7 @@ class RecipeConfig:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    executor: ExecutorConfig = field(default_factory=ExecutorConfig)
 
     def __post_init__(self) -> None:
         soft, top_k = self.loss.soft_names, self.data.teacher_top_k

@@ -1,26 +1,23 @@
-"""The feature store: rows of token ids with the target's features, in checksummed shards.
+"""The feature store: calls as rows of token ids with the target's features, in checksummed shards.
 
-One folder holds one split. A shard is a safetensors file with `input_ids [N]`, `loss_mask [N]`,
-`features [N, L*E]` and `offsets [rows + 1]`, and `teacher_ids [N, k]`, `teacher_probabilities
-[N, k]` where `data.teacher_top_k` asks for them (`features/teacher.py`); `index.arrow` has one line
-a row and is what `datasets` opens; `manifest.json` comes last. Shards are memory-mapped: a row
-costs one read of its own bytes. Cost: N*L*E*2 bytes in bf16, 5.8 kB per token for SmolLM2-135M with
-5 taps; the teacher adds 8*k bytes per token, 64 at k = 8.
+One folder holds one split. Shards (`features/shard.py`) hold the rows; `index.arrow` has one line a
+call and is what `datasets` opens; `manifest.json` comes last. Several calls of one conversation may
+view one stored row, each its first tokens. `bytes_per_token` gives the cost: 5.8 kB for
+SmolLM2-135M with 5 taps in bf16, half of it in float8_e4m3fn.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset, Features, Value
 from datasets.arrow_writer import ArrowWriter
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from dflash_train.features.teacher import TeacherRow, join
+from dflash_train.features.shard import OpenShard, ShardRow, encode_rows, write_encoded
+from dflash_train.features.teacher import TeacherRow
 from dflash_train.records.manifest import Manifest, atomic_path
 
 if TYPE_CHECKING:
@@ -32,7 +29,7 @@ _ARROW_TYPES: dict[Any, str] = {str: "string", str | None: "string", int: "int64
 
 @dataclass(kw_only=True)
 class IndexLine:
-    """What is known of a stored row without reading it; one line of `index.arrow`."""
+    """What is known of a call without reading it; one line of `index.arrow`."""
 
     id: str
     tenant: str | None
@@ -40,9 +37,11 @@ class IndexLine:
     shard: str
     """File name of the shard."""
     row: int
-    """Place of the row in its shard."""
+    """Place of the stored row in its shard."""
     num_tokens: int
+    """Tokens of the call: the stored row's, or its first ones where it serves a longer call too."""
     prompt_length: int
+    """P: what follows is this call's answer; earlier answers in the row are other calls'."""
     max_length: int
     finish_reason: str
     weight: int
@@ -74,22 +73,50 @@ class FeatureRow:
         """P, tokens before the answer."""
         return int(self.loss_mask.int().argmax())
 
+    def until_first_gap(self) -> "FeatureRow":
+        """Give the row cut where the target's own text first stops, itself if it never does.
 
-def write_shard(path: Path, rows: list[FeatureRow], *, dtype: torch.dtype) -> list[IndexLine]:
+        Behind a placeholder stands text that the target never wrote in that context: acceptance is
+        measured up to there. The teacher is left out.
+        """
+        first = self.prompt_length
+        gaps = (~self.loss_mask[first:]).nonzero()
+        if len(gaps) == 0:
+            return self
+        end = first + int(gaps[0])
+        features = self.features[:end].clone()
+        features[-1] = 0
+        return replace(
+            self,
+            input_ids=self.input_ids[:end],
+            loss_mask=self.loss_mask[:end],
+            features=features,
+            finish_reason="length",
+            teacher=None,
+        )
+
+
+def write_shard(
+    path: Path, rows: list[FeatureRow], *, dtype: torch.dtype, num_taps: int | None = None
+) -> list[IndexLine]:
     """Write one shard atomically and give the index lines of its rows.
 
-    The rows carry a teacher of one k, or none does.
+    Args:
+        path: The file.
+        rows: At least one; they carry a teacher of one k, or none does.
+        dtype: Number format of the stored features.
+        num_taps: L; only float8_e4m3fn needs it.
     """
-    lengths = torch.tensor([0, *(len(row.input_ids) for row in rows)])
-    tensors = {
-        "input_ids": torch.cat([row.input_ids for row in rows]),
-        "loss_mask": torch.cat([row.loss_mask for row in rows]),
-        "features": torch.cat([row.features.to(dtype).cpu() for row in rows]),
-        "offsets": lengths.cumsum(0),
-        **_teacher_tensors(rows),
-    }
-    with atomic_path(path) as partial:
-        save_file(tensors, partial)
+    stored = [
+        ShardRow(
+            input_ids=row.input_ids,
+            loss_mask=row.loss_mask,
+            features=row.features,
+            teacher=row.teacher,
+        )
+        for row in rows
+    ]
+    write_encoded(path, [encode_rows(stored, dtype=dtype, num_taps=num_taps)])
     return [
         IndexLine(
             id=row.id,
@@ -105,18 +132,6 @@ def write_shard(path: Path, rows: list[FeatureRow], *, dtype: torch.dtype) -> li
         )
         for position, row in enumerate(rows)
     ]
-
-
-def _teacher_tensors(rows: list[FeatureRow]) -> dict[str, Tensor]:
-    teachers = [row.teacher for row in rows if row.teacher is not None]
-    if not teachers:
-        return {}
-    assert len(teachers) == len(rows), "some rows of a shard carry a teacher and some do not"
-    teacher = join(teachers)
-    return {
-        "teacher_ids": teacher.ids.cpu(),
-        "teacher_probabilities": teacher.probabilities.cpu(),
-    }
 
 
 def write_index(folder: Path, lines: list[IndexLine]) -> None:
@@ -155,7 +170,7 @@ class FeatureStore:
         self.folder = folder
         self.index = index
         self._lines = [IndexLine(**line) for line in index.to_list()]
-        self._shards: dict[str, Any] = {}
+        self._shards: dict[str, OpenShard] = {}
 
     @classmethod
     def open(cls, folder: Path, *, verify: bool = True) -> "FeatureStore":
@@ -181,54 +196,40 @@ class FeatureStore:
         return len(self._lines)
 
     def __getitem__(self, position: int) -> FeatureRow:
-        """Read one row; features keep the stored dtype."""
+        """Read one call as if it stood alone; features in the stored dtype, 8 bits as bfloat16.
+
+        The tensors may be views of the mapped file: they must not be written to.
+        """
         line = self._lines[position]
-        shard, tokens = self._locate(line)
+        row = self._open_shard(line.shard).read(
+            line.row, prompt_length=line.prompt_length, num_tokens=line.num_tokens
+        )
         return FeatureRow(
             id=line.id,
             tenant=line.tenant,
             session=line.session,
-            input_ids=shard.get_slice("input_ids")[tokens],
-            loss_mask=shard.get_slice("loss_mask")[tokens],
-            features=shard.get_slice("features")[tokens],
+            input_ids=row.input_ids,
+            loss_mask=row.loss_mask,
+            features=row.features,
             max_length=line.max_length,
             finish_reason=line.finish_reason,
             weight=line.weight,
-            teacher=_read_teacher(shard, tokens),
+            teacher=row.teacher,
         )
 
     def read_tokens(self, position: int) -> tuple[Tensor, Tensor]:
         """Read a row's `input_ids` and `loss_mask` alone, 9 bytes a token."""
-        shard, tokens = self._locate(self._lines[position])
-        return shard.get_slice("input_ids")[tokens], shard.get_slice("loss_mask")[tokens]
+        line = self._lines[position]
+        return self._open_shard(line.shard).read_tokens(
+            line.row, prompt_length=line.prompt_length, num_tokens=line.num_tokens
+        )
 
     @property
     def lines(self) -> list[IndexLine]:
         """What is known of every row without reading it, in the order of the store."""
         return self._lines
 
-    def _locate(self, line: IndexLine) -> tuple[Any, slice]:
-        """Give a row's open shard and its tokens' places in there."""
-        shard = self._open_shard(line.shard)
-        first, end = shard.get_slice("offsets")[line.row : line.row + 2].tolist()
-        return shard, slice(first, end)
-
-    def _open_shard(self, name: str) -> Any:
+    def _open_shard(self, name: str) -> OpenShard:
         if name not in self._shards:
-            path = self.folder / name
-            try:
-                self._shards[name] = safe_open(path, framework="pt")
-            except (OSError, SafetensorError) as error:
-                raise ValueError(
-                    f"{path} cannot be read: {error}. Delete it and run `collect` again."
-                ) from error
+            self._shards[name] = OpenShard(self.folder / name)
         return self._shards[name]
-
-
-def _read_teacher(shard: Any, tokens: slice) -> TeacherRow | None:
-    if "teacher_ids" not in shard.keys():
-        return None
-    return TeacherRow(
-        ids=shard.get_slice("teacher_ids")[tokens],
-        probabilities=shard.get_slice("teacher_probabilities")[tokens],
-    )

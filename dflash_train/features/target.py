@@ -7,7 +7,6 @@ P prompt tokens, N output tokens.
 """
 
 import functools
-import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,20 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    DynamicCache,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import DynamicCache, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from dflash_train.config import TargetConfig, require
-from dflash_train.features.target_weights import TargetLocation, locate_target
+from dflash_train.features.sampling import RowSampler
+from dflash_train.features.target_loading import load_model, load_tokenizer, stop_token_ids
+from dflash_train.features.target_text import target_block, vocabulary_hash
+from dflash_train.features.target_weights import locate_target
 from dflash_train.features.teacher import TeacherRow, join, top_tokens
-from dflash_train.records.manifest import content_hash
 
 _LOGIT_ROWS = 256
 """Answer tokens whose logits `[rows, V]` exist at once when a finished row is read."""
@@ -86,7 +80,7 @@ class TargetOutput:
 
 @dataclass(kw_only=True)
 class GeneratedRow:
-    """The target's greedy answer to one prompt."""
+    """The target's answer to one prompt."""
 
     output_ids: list[int]
     """`[N]`, with the stop token if there is one."""
@@ -142,19 +136,12 @@ class Target:
     @functools.cached_property
     def tokenizer_hash(self) -> str:
         """Hash of the vocabulary; ids of another tokenizer are not ours."""
-        vocabulary = self.tokenizer.get_vocab()
-        return content_hash(sorted(vocabulary.items(), key=lambda item: item[1]))
+        return vocabulary_hash(self.tokenizer)
 
     def describe(self) -> dict[str, Any]:
         """Give the `target` block of manifests; stages refuse inputs whose block differs."""
-        return {
-            "name": self.name,
-            "revision": self.revision,
-            "dtype": str(self.model.dtype).removeprefix("torch."),
-            "tokenizer": self.tokenizer_hash,
-            "chat_template": _text_hash(str(self.tokenizer.chat_template)),
-            "target_layer_ids": self.target_layer_ids,
-        }
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        return target_block(self, dtype=dtype, target_layer_ids=self.target_layer_ids)
 
     def new_cache(self) -> DynamicCache:
         """Give an empty key-value cache whose sliding layers can be cropped too."""
@@ -260,9 +247,14 @@ class Target:
 
     @torch.no_grad()
     def generate_batch(
-        self, prompts: list[list[int]], *, max_new_tokens: int, teacher_top_k: int = 0
+        self,
+        prompts: list[list[int]],
+        *,
+        max_new_tokens: int,
+        teacher_top_k: int = 0,
+        samplers: list[RowSampler] | None = None,
     ) -> list[GeneratedRow]:
-        """Answer prompts greedily and keep the features of the very passes that wrote the answers.
+        """Answer prompts and keep the features of the very passes that wrote the answers.
 
         A finished row leaves the batch at once, so nothing is computed past a stop. Rounding, and
         with it a near-tie, depends on how prompts are grouped: the caller fixes the grouping.
@@ -270,8 +262,9 @@ class Target:
         Args:
             prompts: Token ids of each prompt, any lengths.
             max_new_tokens: Budget of each answer, in tokens.
-            teacher_top_k: Tokens kept of the distribution that each answer token came from; 0
-                keeps none.
+            teacher_top_k: Tokens kept of the distribution that each answer token came from, before
+                any sampling setting bends it; 0 keeps none.
+            samplers: Chooses the tokens of each prompt; None takes the likeliest.
         """
         input_ids, attention_mask = _pad(prompts, left=True, device=self.device)
         position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
@@ -286,11 +279,16 @@ class Target:
                 position_ids=position_ids,
                 last_logits_only=True,
             )
-            next_ids = output.logits[:, -1].argmax(-1)
+            logits = output.logits[:, -1]
+            if samplers is None:
+                next_ids = logits.argmax(-1)
+            else:
+                chosen = [samplers[i].choose(row) for i, row in zip(live, logits, strict=True)]
+                next_ids = torch.tensor(chosen, device=self.device)
             for slot, index in enumerate(live):
                 rows[index].take(output.features[slot], int(next_ids[slot]))
             if teacher_top_k:
-                kept_tokens = top_tokens(output.logits[:, -1], teacher_top_k)
+                kept_tokens = top_tokens(logits, teacher_top_k)
                 for index, teacher in zip(live, kept_tokens.split([1] * len(live)), strict=True):
                     rows[index].teacher.append(teacher)
             kept = [
@@ -364,19 +362,6 @@ class _OpenRow:
         )
 
 
-def load_target_config(location: TargetLocation) -> PreTrainedConfig:
-    """Read the target's text configuration without its weights.
-
-    Raises:
-        ValueError: The model cannot be found or read.
-    """
-    try:
-        config = AutoConfig.from_pretrained(location.path, revision=location.revision)
-    except (OSError, ValueError) as error:
-        raise _unreadable(location, error) from error
-    return config.get_text_config()
-
-
 def load_target(config: TargetConfig, target_layer_ids: list[int]) -> Target:
     """Load the target of a recipe onto the accelerator if there is one, else the CPU.
 
@@ -385,24 +370,7 @@ def load_target(config: TargetConfig, target_layer_ids: list[int]) -> Target:
         range.
     """
     location = locate_target(config)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            location.path,
-            revision=location.revision,
-            dtype=getattr(torch, config.dtype.value),
-            attn_implementation=config.attention.value,
-            device_map=device,
-        )
-        tokenizer = AutoTokenizer.from_pretrained(location.path, revision=location.revision)
-    except (OSError, ValueError) as error:
-        raise _unreadable(location, error) from error
-    require(
-        tokenizer.chat_template is not None,
-        f"target.name_or_path (={config.name_or_path}) has no chat template, so conversations "
-        "cannot be "
-        "rendered. Use the instruction-tuned model.",
-    )
+    model, tokenizer = load_model(location, config), load_tokenizer(location)
     num_layers = model.config.get_text_config().num_hidden_layers
     require(
         all(0 <= layer < num_layers - 1 for layer in target_layer_ids),
@@ -428,14 +396,6 @@ def frozen_head(model: PreTrainedModel) -> FrozenHead:
     )
 
 
-def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Collect the ids that end an answer: the generation config's and the tokenizer's."""
-    generation_config = model.generation_config
-    ids = generation_config.eos_token_id if generation_config is not None else None
-    listed = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
-    return frozenset(i for i in [*listed, tokenizer.eos_token_id] if i is not None)
-
-
 def _pad(rows: list[list[int]], *, left: bool, device: torch.device) -> tuple[Tensor, Tensor]:
     """Pad to one length: ids `[B, Q]` (0 at padding) and attention mask `[B, Q]` int64."""
     length = max(len(row) for row in rows)
@@ -446,15 +406,3 @@ def _pad(rows: list[list[int]], *, left: bool, device: torch.device) -> tuple[Te
         input_ids[index, place] = torch.tensor(row)
         attention_mask[index, place] = 1
     return input_ids.to(device), attention_mask.to(device)
-
-
-def _text_hash(text: str) -> str:
-    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
-
-
-def _unreadable(location: TargetLocation, error: Exception) -> ValueError:
-    first_line = str(error).strip().splitlines()[0]
-    return ValueError(
-        f"target.name_or_path (={location.path}) cannot be read: {first_line} "
-        "Give a local folder with config.json and weights, or a hub id that this machine can reach."
-    )

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from dflash_train.config import require
 
-BYTES_PER_TOKEN = 8
+KEPT_TOKEN_BYTES = 8
 """Stored bytes of one kept token: an int32 id and a float32 probability."""
 
 

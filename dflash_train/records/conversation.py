@@ -89,6 +89,8 @@ class Conversation:
     cluster: str | None = None
     privacy: Privacy = field(default_factory=Privacy)
     split: str | None = None
+    seen_in_train: bool | None = None
+    """Of test records: whether their session has a near-duplicate in train; None elsewhere."""
 
     @property
     def answer(self) -> Turn | None:
@@ -129,11 +131,17 @@ class Conversation:
 
 def write_shard(path: Path, conversations: Iterable[Conversation]) -> int:
     """Write a `.jsonl.gz` shard atomically and give its number of records."""
+    return write_lines(path, (conversation.to_json() for conversation in conversations))
+
+
+def write_lines(path: Path, lines: Iterable[bytes]) -> int:
+    """Write a shard of records that are JSON already; give their number."""
     num_records = 0
     with atomic_path(path) as partial, partial.open("wb") as raw:
-        with gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0) as stream:
-            for conversation in conversations:
-                stream.write(conversation.to_json() + b"\n")
+        # Level 1 takes a fifth of the time of the default and a third more space.
+        with gzip.GzipFile("", "wb", compresslevel=1, fileobj=raw, mtime=0) as stream:
+            for line in lines:
+                stream.write(line + b"\n")
                 num_records += 1
         raw.flush()
         os.fsync(raw.fileno())

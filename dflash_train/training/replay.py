@@ -89,8 +89,9 @@ def replay_rows(drafter: Drafter, head: FrozenHead, rows: list[FeatureRow]) -> l
     Args:
         drafter: The drafter, on any device and in any dtype; features follow it.
         head: The target's embedding table and LM head, on the same device.
-        rows: Answered calls whose tokens the target wrote.
+        rows: Answered calls; one with redactions counts up to the first.
     """
+    rows = [row.until_first_gap() for row in rows]
     output_head = drafter.output_head(head)
     accepted: list[list[int]] = [[] for _ in rows]
     for pack in _pack_pieces(rows):

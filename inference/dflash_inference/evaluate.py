@@ -75,14 +75,19 @@ def evaluate(
 
 
 def replay_row(drafter: Drafter, head: FrozenHead, row: FeatureRow, *, split: str) -> DecodeTrace:
-    """Replay one stored answer."""
+    """Replay one stored answer, up to its first redaction."""
+    row = row.until_first_gap()
     chain = replay(drafter, head, row)
     steps = steps_of(chain.starts, chain.num_accepted, chain.widths, last_position=chain.end)
     return _stored_trace(row, steps, split=split, block_size=drafter.config.block_size)
 
 
 def lookup_row(row: FeatureRow, *, split: str, block_size: int) -> DecodeTrace:
-    """Decode one stored answer by prompt lookup, with at most `block_size - 1` drafts a step."""
+    """Decode one stored answer by prompt lookup, with at most `block_size - 1` drafts a step.
+
+    Like replay it goes up to the answer's first redaction.
+    """
+    row = row.until_first_gap()
     ids = row.input_ids.tolist()
     prompt_ids, output_ids = ids[: row.prompt_length], ids[row.prompt_length :]
     steps = prompt_lookup(prompt_ids, output_ids, block_size=block_size, max_length=row.max_length)

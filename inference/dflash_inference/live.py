@@ -58,7 +58,9 @@ def choose_prompts(config: EvaluateConfig, stores: dict[str, FeatureStore]) -> l
     for split, store in stores.items():
         wanted = config.live_per_set if split.startswith("eval-") else config.live_traffic
         positions = _spread_over_tenants(store, wanted, seed=config.seed)
-        prompts += [LivePrompt(split=split, row=store[position]) for position in positions]
+        prompts += [
+            LivePrompt(split=split, row=store[position].until_first_gap()) for position in positions
+        ]
     return prompts
 
 

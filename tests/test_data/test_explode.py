@@ -1,5 +1,12 @@
 from dflash_data.drops import DropReason
-from dflash_data.explode import drop_orphans, explode, merge_repeats, prefix_key
+from dflash_data.explode import (
+    bucket_of,
+    by_session,
+    drop_orphans,
+    explode,
+    is_chained,
+    prefix_key,
+)
 from dflash_train.records.conversation import Conversation, Turn
 
 
@@ -85,50 +92,15 @@ def test_every_place_to_fill_has_its_prompt_in_the_same_session():
     assert prefix_key(kept[1].messages[:1], kept[1]) == prefix_key(kept[0].prompt, kept[0])
 
 
-def test_repeats_merge_into_the_first_and_add_to_its_weight():
-    records = [call(name, "Q", at=at, session=name) for at, name in enumerate("cab")]
-    sifted = merge_repeats(records, ("train",))
-    assert [(record.id, record.weight) for record in sifted.kept] == [("c", 3)]
-    assert sifted.dropped == {DropReason.duplicate: 2}
-    assert sifted.facts["merged"] == 2
+def test_buckets_hold_whole_sessions_and_whole_chains():
+    chain = [call("a0", "A"), call("a1", "A", None, "more"), call("a2", "A", "x", "B", None, "C")]
+    assert len({bucket_of(record, 1000) for record in chain}) == 1
+    session = [call("b0", "B", session="s"), call("b1", "other", session="s")]
+    assert len({bucket_of(record, 1000) for record in session}) == 1
+    spread = {bucket_of(call(str(n), str(n)), 7) for n in range(200)}
+    assert spread == set(range(7))
 
 
-def test_repeats_never_merge_across_splits_and_never_in_test():
-    records = [
-        call("a", "Q", at=1),
-        call("b", "Q", at=2, split="validation"),
-        call("c", "Q", at=3, split="test"),
-        call("d", "Q", at=4, split="test"),
-    ]
-    sifted = merge_repeats(records, ("train", "validation"))
-    assert [(record.id, record.weight) for record in sifted.kept] == [
-        ("a", 1), ("b", 1), ("c", 1), ("d", 1),
-    ]  # fmt: skip
-
-
-def test_repeated_opener_stays_where_later_turns_build_on_it():
-    records = [
-        call("a0", "Q", at=1, session="a"),
-        call("b0", "Q", at=2, session="b"),
-        call("b1", "Q", None, "and?", at=3, session="b"),
-        call("c0", "Q", at=4, session="c"),
-        call("c1", "Q", None, "and?", at=5, session="c"),
-    ]
-    sifted = merge_repeats(records, ("train",))
-    assert [(record.id, record.weight) for record in sifted.kept] == [("b0", 3), ("b1", 2)]
-    assert ids(drop_orphans(sifted.kept).kept) == ["b0", "b1"]
-
-
-def test_only_answers_of_the_target_itself_count_as_different():
-    rewritten = [call("a", "Q", at=1, answer="x"), call("b", "Q", at=2, answer="y")]
-    assert ids(merge_repeats(rewritten, ("train",)).kept) == ["a"]
-    own = [
-        call(str(at), "Q", at=at, answer=str(at % 6), on_policy=True, session=str(at))
-        for at in range(8)
-    ]
-    sifted = merge_repeats(own, ("train",))
-    assert [(record.id, record.weight) for record in sifted.kept] == [
-        ("0", 2), ("1", 2), ("2", 1), ("3", 1),
-    ]  # fmt: skip
-    assert sifted.dropped == {DropReason.duplicate: 4}
-    assert sifted.facts["merged"] == 2
+def test_a_session_found_by_its_history_is_told_from_a_logged_one():
+    kept = explode([call("a", "A"), call("b", "A", None, "B", at=1), call("c", "C", session="s")])
+    assert [is_chained(session) for session in by_session(kept.kept)] == [True, False]

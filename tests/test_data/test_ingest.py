@@ -3,16 +3,22 @@ import json
 import os
 import shutil
 from collections import defaultdict
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from dflash_data.adapters import ADAPTERS
-from dflash_data.drops import DropReason
+import dflash_data.ingest
+import dflash_data.ingest_plan
+import dflash_data.ingest_steps
+from dflash_data.drops import Call, DropReason
 from dflash_data.explode import missing_answers, prefix_key
 from dflash_data.ingest import ingest
+from dflash_data.partitions import read_lines_of
 from dflash_data.pseudonyms import KEY_FILE_NAME
 from dflash_data.sample_traffic import write_sample_traffic
+from dflash_data.sources import LogPart, plan_parts, read_part
 from dflash_train.config import DataConfig, RecipeConfig
 from dflash_train.records.conversation import SPLITS, Conversation, Turn, read_split
 from dflash_train.records.manifest import Manifest
@@ -79,7 +85,8 @@ def test_books_balance_and_name_every_reason(fleet: Path, finished: tuple[Recipe
     written = {split: list(read_split(folder, split)) for split in SPLITS}
     assert counts.kept == sum(map(len, written.values()))
     weights = sum(record.weight for records in written.values() for record in records)
-    assert weights - counts.kept == manifest.details["merged_repeats"] > 0
+    removed = manifest.details["merged_repeats"] + manifest.details["removed_by_cap"]
+    assert weights - counts.kept == removed > 0
     for reason in ("unparsable", "not_success", "duplicate"):
         assert counts.dropped[reason] > 0
     assert weights == 250 - counts.dropped["straddles_cut"]
@@ -128,15 +135,47 @@ def test_evaluation_prompts_are_written_beside_the_splits(finished: tuple[Recipe
     ] == 1
 
 
-def test_nothing_private_reaches_any_file(tmp_path: Path):
-    log = tmp_path / "traffic.jsonl"
-    lines = [pair(number, f"Item {number}?") for number in range(20)]
+@pytest.fixture
+def many_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Divide small logs into many parts and buckets."""
+    monkeypatch.setattr(dflash_data.ingest, "plan_parts", partial(plan_parts, part_bytes=20_000))
+    monkeypatch.setattr(dflash_data.ingest_plan, "BUCKET_BYTES", 20_000)
+
+
+@pytest.fixture
+def stopped_before_decisions(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: object) -> None:
+        raise KeyError("power cut")
+
+    monkeypatch.setattr(dflash_data.ingest_steps, "decide", stop)
+
+
+def private_log(path: Path) -> None:
+    lines = [pair(number, f"Item {number}, " + "please, " * 250) for number in range(20)]
     lines += [
         pair(number, f"My number {number} is {PRIVATE[number % 4]}.") for number in range(20, 40)
     ]
     lines += [b'{"broken ' + value.encode() for value in PRIVATE]
     lines += [pair(50, PRIVATE[0], error={"message": PRIVATE[1]})]
-    log.write_bytes(b"\n".join(lines))
+    path.write_bytes(b"\n".join(lines))
+
+
+def assert_nothing_private_in(folder: Path) -> None:
+    files = files_of(folder)
+    assert files
+    for name, content in files.items():
+        for value in [*(text.encode() for text in PRIVATE), b"acme", b'"s2']:
+            assert value not in plain(content), f"{value!r} is in {name}"
+    for partition in folder.rglob("*.zst"):
+        texts = [b"".join(read_lines_of([partition], bucket)) for bucket in range(200)]
+        assert any(texts)
+        for value in [*(text.encode() for text in PRIVATE), b"acme", b'"s2']:
+            assert value not in b"".join(texts), f"{value!r} is in {partition.name}"
+
+
+def test_nothing_private_reaches_any_file(tmp_path: Path):
+    log = tmp_path / "traffic.jsonl"
+    private_log(log)
     config = recipe(tmp_path / "runs", test_share=0.2, validation_share=0.2)
     manifest = run(config, log)
     assert manifest.details["privacy"]["redactions"] == {
@@ -144,25 +183,45 @@ def test_nothing_private_reaches_any_file(tmp_path: Path):
     }  # fmt: skip
     assert manifest.details["privacy"]["records_touched"] == 20
     key = (config.run_dir / KEY_FILE_NAME).read_bytes()
+    assert_nothing_private_in(tmp_path / "runs")
     for name, content in files_of(tmp_path / "runs").items():
-        for value in [*(text.encode() for text in PRIVATE), b"acme", b'"s2']:
-            assert value not in plain(content), f"{value!r} is in {name}"
         assert name.endswith(KEY_FILE_NAME) or key not in plain(content), f"the key is in {name}"
     assert (config.run_dir / KEY_FILE_NAME).stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.usefixtures("many_tasks", "stopped_before_decisions")
+def test_nothing_private_is_in_the_temporary_files_of_any_phase(tmp_path: Path):
+    log = tmp_path / "traffic.jsonl"
+    private_log(log)
+    config = recipe(
+        tmp_path / "runs", test_share=0.2, validation_share=0.2, excluded_tenants=["acme & sons"]
+    )
+    with pytest.raises(RuntimeError, match="KeyError"):
+        run(config, log)
+    left = set(files_of(config.run_dir))
+    for kind in ("parts/00001.zst", "chained/00001.zst", "rows/00001.rows.npy", "executor.json"):
+        assert any(name.endswith(kind) for name in left), kind
+    assert_nothing_private_in(tmp_path / "runs")
+    assert not any(b"& sons" in content for content in files_of(tmp_path / "runs").values())
+    key = (config.run_dir / KEY_FILE_NAME).read_bytes()
+    for name, content in files_of(config.run_dir).items():
+        assert name.endswith(KEY_FILE_NAME) or key not in content, f"the key is in {name}"
 
 
 def test_no_content_is_printed_when_a_step_fails(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     log = tmp_path / "traffic.jsonl"
-    log.write_bytes(
-        b"\n".join(pair(number, f"Ask {PRIVATE[0]} of {number}") for number in range(20))
+    log.write_bytes(b"\n".join(pair(n, f"Ask {PRIVATE[0]} of {n}") for n in range(20)))
+    monkeypatch.setattr(
+        dflash_data.ingest_steps, "judge", lambda record, _: int(record.messages[0].content)
     )
-    monkeypatch.setitem(ADAPTERS, "openai", lambda line, _: line / 0)  # type: ignore[operator]
-    with pytest.raises(TypeError):
+    with pytest.raises(
+        RuntimeError, match="ValueError; the error's own text is withheld"
+    ) as caught:
         run(recipe(tmp_path / "runs"), log)
     captured = capfd.readouterr()
-    assert PRIVATE[0] not in captured.out + captured.err
+    assert PRIVATE[0] not in captured.out + captured.err + str(caught.value)
     for name, content in files_of(tmp_path / "runs").items():
         assert PRIVATE[0].encode() not in plain(content), name
     assert not (tmp_path / "runs" / "run" / "conversations").exists()
@@ -186,6 +245,95 @@ def test_second_run_and_a_run_after_a_kill_give_the_same_bytes(
     for _ in range(2):
         run(config, fleet, humaneval=[prompt("def answer():")])
         assert files_of(config.run_dir / "conversations") == first
+        assert not (config.run_dir / "ingest").exists()
+
+
+@pytest.mark.usefixtures("many_tasks")
+def test_workers_and_order_of_files_do_not_change_a_byte(fleet: Path, tmp_path: Path):
+    lines = fleet.read_bytes().splitlines(keepends=True)
+    written: list[dict[str, bytes]] = []
+    for workers, names in ((1, "abcd"), (3, "dbac")):
+        logs = tmp_path / names
+        logs.mkdir()
+        for place, name in enumerate(names):
+            (logs / f"{name}.jsonl").write_bytes(b"".join(lines[place * 70 : place * 70 + 70]))
+        config = recipe(tmp_path / f"runs-{workers}")
+        config.executor.workers = workers
+        config.run_dir.mkdir(parents=True)
+        (config.run_dir / KEY_FILE_NAME).write_text("the same key for both of them")
+        run(config, logs, humaneval=[prompt("def answer():")])
+        written.append(files_of(config.run_dir / "conversations"))
+    assert len(written[0]) > 10
+    assert written[0] == written[1]
+
+
+@pytest.mark.usefixtures("many_tasks")
+def test_a_failed_task_costs_one_task(fleet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def run_with(folder: str, failing: int | None) -> list[int]:
+        """Run once, and give the numbers of the parts that were read."""
+        config = recipe(tmp_path / folder)
+        config.executor.workers = 1
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+        (config.run_dir / KEY_FILE_NAME).write_text("the same key for both of them")
+        num_read: list[int] = []
+
+        def read(part: LogPart) -> Iterator[Call]:
+            num_read.append(part.slices[0].start // 20_000)
+            if num_read[-1] == failing:
+                raise OSError("the disk went away")
+            yield from read_part(part)
+
+        monkeypatch.setattr(dflash_data.ingest_steps, "read_part", read)
+        if failing is None:
+            run(config, fleet)
+        else:
+            with pytest.raises(RuntimeError, match="OSError"):
+                run(config, fleet)
+        return num_read
+
+    all_parts = run_with("undisturbed", None)
+    assert len(all_parts) > 4
+    assert run_with("disturbed", 2) == all_parts[:3]
+    assert run_with("disturbed", None) == all_parts[2:]
+    assert files_of(tmp_path / "disturbed" / "run" / "conversations") == files_of(
+        tmp_path / "undisturbed" / "run" / "conversations"
+    )
+
+
+def test_opt_outs_and_retention_come_first_and_are_counted(tmp_path: Path):
+    log = tmp_path / "traffic.jsonl"
+    lines = [pair(number, f"Item {number}?") for number in range(40)]
+    foreign = [pair(n, "Ask me").replace(b'"acme"', b'"globex"') for n in range(50, 53)]
+    timeless = pair(60, "When?").replace(b'"created"', b'"made"')
+    log.write_bytes(b"\n".join([*lines, *foreign, timeless]))
+    config = recipe(
+        tmp_path, test_share=0.2, validation_share=0.2, excluded_tenants=["globex"],
+        max_age_days=3, retention_date="2026-10-18",
+    )  # fmt: skip
+    manifest = run(config, log)  # the log starts on 2026-10-14 at 17:46:40, one call an hour
+    assert manifest.counts is not None
+    assert manifest.counts.dropped["excluded_tenant"] == 3
+    assert manifest.counts.dropped["expired"] == 7 + 1
+    card = json.loads((config.run_dir / "conversations" / "data_card.json").read_bytes())
+    assert (card["privacy"]["opted_out"], card["privacy"]["expired"]) == (3, 8)
+    kept = [r for s in SPLITS for r in read_split(config.run_dir / "conversations", s)]
+    assert min(record.ts or "" for record in kept) >= "2026-10-15T00:00:00Z"
+    assert len({record.tenant for record in kept}) == 1
+
+
+def test_the_test_window_says_what_was_seen_in_training(tmp_path: Path):
+    log = tmp_path / "traffic.jsonl"
+    texts = [f"Item {n} is wanted by somebody who is number {n * 7919}" for n in range(40)]
+    texts[38] = texts[2]
+    log.write_bytes(b"\n".join(pair(number, text) for number, text in enumerate(texts)))
+    config = recipe(tmp_path, test_share=0.2, validation_share=0.2)
+    run(config, log)
+    folder = config.run_dir / "conversations"
+    tests = {record.messages[0].content: record for record in read_split(folder, "test")}
+    assert tests[texts[38]].seen_in_train is True
+    assert tests[texts[38]].cluster is not None
+    assert [r.seen_in_train for r in tests.values()].count(False) == len(tests) - 1
+    assert {record.seen_in_train for record in read_split(folder, "train")} == {None}
 
 
 def test_split_into_files_and_compressed_the_log_gives_the_same_conversations(
@@ -269,11 +417,12 @@ SECRET_LINE = b'{"request": {"messages": "ana@example.org'
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("empty.jsonl", b"\n\n", r"has no usable line \(0 calls read, dropped: none\)"),
-        ("junk.jsonl", SECRET_LINE, r"has no usable line \(1 calls read, dropped: unparsable 1\)"),
-        ("dump.pkl", b"\x80\x04", "is not a .jsonl, .jsonl.gz or .json file. Pickles"),
-        ("torn.jsonl.gz", gzip.compress(pair(1, "x") * 50)[:60], "cannot be read to its end"),
-        ("fake.jsonl.gz", b"not gzip", "cannot be read to its end"),
+        ("empty.jsonl", b"\n\n", "holds no line"),
+        ("junk.jsonl", SECRET_LINE, "holds no line of a known format"),
+        ("failed.jsonl", pair(1, "x", error={"code": 1}), "no usable line .1 calls read, dropped:"),
+        ("dump.pkl", b"\x80\x04", r"data\.logs"),
+        ("torn.jsonl.gz", gzip.compress(pair(1, "x") * 50)[:60], "holds no line"),
+        ("fake.jsonl.gz", b"not gzip", "holds no line of a known format"),
         ("one.jsonl", pair(1, "x"), r"data\..* leave no record for the split"),
         ("lossy.jsonl", pair(1, "x") + b"\n" + b"{\n" * 3, r"loses 3 of 4 calls as unparsable"),
     ],
@@ -288,12 +437,12 @@ def test_bad_log_is_refused_in_a_sentence_and_leaves_nothing(
     assert "data." in str(caught.value)
     assert "example.org" not in str(caught.value)
     left = [path.name for path in (tmp_path / "runs").glob("*/*")]
-    assert set(left) <= {KEY_FILE_NAME, "logs"}
+    assert set(left) <= {KEY_FILE_NAME}
 
 
 def test_missing_log_and_empty_folder_are_refused(tmp_path: Path):
-    with pytest.raises(ValueError, match=r"data\.logs \(=.*nowhere\) does not exist"):
+    with pytest.raises(ValueError, match=r"data\.logs \(=.*nowhere\) holds or matches no"):
         run(recipe(tmp_path / "runs"), tmp_path / "nowhere")
     (tmp_path / "folder").mkdir()
-    with pytest.raises(ValueError, match="holds no "):
+    with pytest.raises(ValueError, match="holds or matches no log file"):
         run(recipe(tmp_path / "runs"), tmp_path / "folder")

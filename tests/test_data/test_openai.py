@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dflash_data.adapters.openai import adapt
-from dflash_data.drops import Drop
+from dflash_data.adapters.log_format import Line
+from dflash_data.adapters.openai import FORMAT
+from dflash_data.drops import Call, Drop
 from dflash_train.records.conversation import Conversation, Turn
 
 USER = {"role": "user", "content": "Where is bay 4?"}
@@ -22,6 +23,10 @@ def answer(
 def line(messages: Any = (USER,), response: Any = None, **envelope: Any) -> bytes:
     request = {"model": "small", "messages": messages, "user": "acme"}
     return orjson.dumps({"id": "r-1", "request": request, "response": response, **envelope})
+
+
+def adapt(text: bytes, place: str) -> list[Call]:
+    return list(FORMAT.read([Line(place, text)]))
 
 
 def only(text: bytes) -> Conversation:
@@ -114,7 +119,7 @@ def test_id_depends_on_request_and_turn_and_on_nothing_else():
         (b'{"request": {"mess', "unparsable"),
         (b"[1, 2]", "unparsable"),
         (b"\xff\xfe{}", "unparsable"),
-        (b'{"a":' * 100 + b"1" + b"}" * 100, "unparsable"),
+        (b'{"a":' * 1100 + b"1" + b"}" * 1100, "unparsable"),
         (line("no json"), "unparsable"),
         (line({"role": "user"}), "unparsable"),
         (b"{}", "content_missing"),
@@ -158,6 +163,37 @@ def test_tool_calls_and_results_keep_their_order_and_arguments():
     call = only(line(messages))
     assert call.messages[1].tool_calls == [{"id": "c", "name": "find", "arguments": '{"bay":4}'}]
     assert call.messages[2].tool_call_id == "c"
+
+
+def completion(prompt: Any = "Bay 4 is", **choice: Any) -> bytes:
+    choice = {"index": 0, "text": " free.", "finish_reason": "stop", **choice}
+    pair = {"request": {"prompt": prompt}, "response": {"id": "cmpl-3", "choices": [choice]}}
+    return orjson.dumps(pair)
+
+
+@pytest.mark.parametrize("prompt", ["Bay 4 is", ["Bay 4 is"]])
+def test_legacy_completion_is_kept_with_its_token_ids(prompt: Any):
+    call = only(completion(prompt, prompt_token_ids=[5, 6, 7], token_ids=[8, 2]))
+    assert call.messages == [
+        Turn(role="user", content="Bay 4 is"),
+        Turn(role="assistant", content=" free."),
+    ]
+    assert (call.prompt_token_ids, call.output_token_ids) == ([5, 6, 7], [8, 2])
+    assert (call.finish_reason, call.on_policy_reason) == ("stop", "other_model")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        completion(),
+        completion(token_ids=[8, 2]),
+        completion(prompt_token_ids=[5, 6, 7]),
+        completion([5, 6, 7], prompt_token_ids=[5, 6, 7], token_ids=[8, 2]),
+    ],
+    ids=["no ids", "no prompt ids", "no output ids", "no prompt text"],
+)
+def test_legacy_completion_without_ids_or_text_lacks_its_content(text: bytes):
+    assert reasons(text) == ["content_missing"]
 
 
 JSON = st.recursive(

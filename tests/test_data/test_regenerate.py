@@ -1,15 +1,16 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from dflash_data.regenerate import regenerate
-from dflash_train.config import Dtype, RecipeConfig
+from dflash_train.config import FeaturesDtype, RecipeConfig, ServingSampling
 from dflash_train.features.store import read_index
-from dflash_train.features.target import Target
+from dflash_train.features.target import GeneratedRow, Target
 from dflash_train.records.chat_template import render_prompt
 from dflash_train.records.conversation import Conversation, Turn, read_split
 from dflash_train.records.manifest import Manifest, file_hash
@@ -68,7 +69,7 @@ def test_a_later_turn_holds_the_targets_earlier_answers(
 
 
 def test_features_are_those_of_a_teacher_forced_pass(config: RecipeConfig, target: Target) -> None:
-    config.data.features_dtype = Dtype.float32
+    config.data.features_dtype = FeaturesDtype.float32
     write_conversations(config, RECORDS)
     run(config, target)
     folder = config.run_dir / "regenerated" / "features" / "train"
@@ -91,7 +92,7 @@ def test_the_teacher_stands_beside_features_that_it_does_not_change(
     for each in (config, kept):
         write_conversations(each, RECORDS)
         manifest = run(each, target)
-        assert manifest.details == {"teacher_top_k": each.data.teacher_top_k}
+        assert manifest.details["teacher_top_k"] == each.data.teacher_top_k
     folder = config.run_dir / "regenerated" / "features"
     for path in folder.rglob("*.safetensors"):
         plain = load_file(path)
@@ -127,11 +128,11 @@ def test_an_interrupted_run_ends_with_the_same_bytes(
     shutil.rmtree(folder)
     generate, calls = target.generate_batch, []
 
-    def generate_twice(prompts: list[list[int]], **settings: int) -> object:
+    def generate_twice(prompts: list[list[int]], **settings: Any) -> object:
         calls.append(len(prompts))
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return generate(prompts, **settings)  # pyright: ignore[reportArgumentType]
+        return generate(prompts, **settings)
 
     with monkeypatch.context() as patch:
         patch.setattr(target, "generate_batch", generate_twice)
@@ -196,6 +197,67 @@ def test_a_finished_row_leaves_the_batch_without_changing_the_others(target: Tar
         want = single.features[: len(row.features) - 1]
         assert_close("features", row.features[:-1], want, 1e-5)
         assert not torch.any(row.features[-1])
+
+
+def test_a_sampled_run_that_was_interrupted_ends_with_the_same_answers(
+    config: RecipeConfig, target: Target
+) -> None:
+    config.data.serving_sampling = ServingSampling(temperature=1.0, top_k=50)
+    config.data.batch_size = 2
+    write_conversations(config, [ask(f"{name}0", "the same question") for name in "abcd"])
+    run(config, target)
+    folder = config.run_dir / "regenerated"
+    said = [record.output_token_ids for record in answers(config, "train").values()]
+    assert len({tuple(ids or []) for ids in said}) == 4
+    before = files(folder)
+    (folder / "batches" / "00001.jsonl.gz").unlink()
+    run(config, target)
+    assert files(folder) == before
+
+
+def test_rows_of_redacted_and_dropped_answers_stand_in_no_shard(
+    config: RecipeConfig, target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = {
+        "tell me a key": "The key is AKIAQ7RZ4M2WXK5TB3NC today.",
+        "tell me an address": "Write to ida.holm@example.com now.",
+    }
+    generate = target.generate_batch
+
+    def generate_private(prompts: list[list[int]], **settings: Any) -> list[GeneratedRow]:
+        rows = generate(prompts, **settings)
+        for place, prompt in enumerate(prompts):
+            shown = str(target.tokenizer.decode(prompt)).split("\n")
+            question = shown[1].split("<")[0]
+            if question in said and "and?" not in str(shown):
+                ids = [*target.tokenizer(said[question]).input_ids, 2]
+                features = target.features_of([prompt + ids])[0]
+                rows[place] = replace(rows[place], output_ids=ids, features=features)
+        return rows
+
+    records = [ask("a0", "tell me a key"), ask("b0", "tell me an address"), ask("c0", "hello")]
+    records += [
+        ask("a1", "tell me a key", None, "and?"),
+        ask("b1", "tell me an address", None, "and?"),
+    ]
+    write_conversations(config, records)
+    monkeypatch.setattr(target, "generate_batch", generate_private)
+    manifest = run(config, target)
+    assert manifest.counts is not None
+    assert (manifest.counts.read, manifest.counts.kept) == (5, 3)
+    assert manifest.counts.dropped["secret_in_answer"] == 1
+    assert manifest.counts.dropped["content_missing"] == 1  # its next turn has no history
+    folder = config.run_dir / "regenerated"
+    assert {line.id for line in read_index(folder / "features" / "train")} == {"c0", "b1"}
+    shards = (folder / "features" / "train").glob("*.safetensors")
+    assert sum(len(load_file(path)["offsets"]) - 1 for path in shards) == 2
+    redacted = answers(config, "train")["b0"]
+    assert redacted.output_token_ids is None
+    assert redacted.messages[1].content == "Write to EMAIL_1 now."
+    assert answers(config, "train")["b1"].messages[1] == redacted.messages[1]
+    before = files(folder)
+    run(config, target)
+    assert files(folder) == before
 
 
 def test_messages_of_a_turn_are_never_shared(config: RecipeConfig, target: Target) -> None:

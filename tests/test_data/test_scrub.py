@@ -1,101 +1,37 @@
-import base64
+import json
 import random
-import string
+from collections import Counter
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dflash_data.detectors import find_private
-from dflash_data.drops import DropReason
+from dflash_data import marks
+from dflash_data.detectors import Finding, find_private
+from dflash_data.detectors.detector import Family
 from dflash_data.pseudonyms import Pseudonyms
-from dflash_data.scrub import Placeholders, scrub, scrub_text
+from dflash_data.scrub import (
+    has_secret_in_answer,
+    name_placeholders,
+    rescrub_answer,
+    scrub_call,
+)
 from dflash_train.records.conversation import Conversation, Turn
+from tests.test_data.privacy_corpus import Sample, make_corpus
+from tests.test_data.privacy_plants import MAKES, make_plant, seeded_fakes
 
 PSEUDONYMS = Pseudonyms(b"a key of the tests, 32 bytes long")
+KEY = make_plant("HF_KEY", random.Random(0), seeded_fakes(0))
+MAIL = "a@example.org"
 
 
-def letters(length: int, alphabet: str = string.ascii_letters + string.digits) -> str:
-    """Keys are made at run time, so that no scanner takes this file for a leak."""
-    return "".join(random.Random(f"{length}{alphabet}").choices(alphabet, k=length))
-
-
-def jwt() -> str:
-    parts = [b'{"alg":"HS256","typ":"JWT"}', b'{"sub":"1234567890"}', letters(32).encode()]
-    return ".".join(base64.urlsafe_b64encode(part).decode().rstrip("=") for part in parts)
-
-
-def pem() -> str:
-    return f"-----BEGIN RSA {'PRIVATE'} KEY-----\n{letters(64)}\n-----END RSA {'PRIVATE'} KEY-----"
-
-
-PRIVATE = [
-    ("EMAIL", "ana.maria+shop@mail.example.org"),
-    ("PHONE", "+49 30 901820"),
-    ("PHONE", "+1 202-555-0143"),
-    ("PHONE", "(202) 555-0143"),
-    ("PHONE", "415-555-2671"),
-    ("IPV4", "192.0.2.17"),
-    ("IPV6", "2001:db8::8a2e:370:7334"),
-    ("IPV6", "fe80::1"),
-    ("IBAN", "DE89 3704 0044 0532 0130 00"),
-    ("IBAN", "GB82WEST12345698765432"),
-    ("CARD", "4111 1111 1111 1111"),
-    ("CARD", "378282246310005"),
-    ("SSN", "219-09-9999"),
-    ("JWT", jwt()),
-    ("AWS_KEY", "AKIA" + letters(16, string.ascii_uppercase + string.digits)),
-    ("GCP_KEY", "AIza" + letters(35)),
-    ("GITHUB_KEY", "ghp_" + letters(36)),
-    ("OPENAI_KEY", "sk-proj-" + letters(40)),
-    ("HF_KEY", "hf_" + letters(34)),
-    ("PEM", pem()),
-    ("URL_CREDENTIALS", "admin:hunter2"),
-    ("HIGH_ENTROPY", letters(40)),
-    ("HIGH_ENTROPY", letters(40, "0123456789abcdef")),
-]
-SENTENCES = ("Please use {} for this.", "{}", "value={}, and {} again.", '{{"field": "{}"}}')
-
-
-def in_sentence(kind: str, value: str, sentence: str) -> str:
-    shown = f"https://{value}@db.internal/x" if kind == "URL_CREDENTIALS" else value
-    return sentence.format(shown, shown)
-
-
-@pytest.mark.parametrize("sentence", SENTENCES)
-@pytest.mark.parametrize(("kind", "value"), PRIVATE)
-def test_private_value_becomes_its_typed_placeholder(kind: str, value: str, sentence: str):
-    scrubbed, spans = scrub_text(in_sentence(kind, value, sentence), Placeholders())
-    assert value not in scrubbed
-    assert scrubbed == in_sentence(kind, f"{kind}_1", sentence)
-    assert {scrubbed[start:end] for start, end, _ in spans} == {f"{kind}_1"}
-    assert {span_kind for _, _, span_kind in spans} == {kind}
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "torch 2.13.0 and firmware 5.3.30.1, version 10.0.19.4, v1.2.3.4",
-        "order ORD-2026-05439, parcel P62-411, invoice 4100-2231-9981",
-        "card-like but wrong: 4111 1111 1111 1112, 1234567890123456",
-        "IBAN-like but wrong: DE89 3704 0044 0532 0130 01",
-        "000-12-3456 and 912-34-5678 are no social security numbers",
-        "at 12:30:45 on 2026-10-14, 2026-10-14T08:40:00Z, MAC 00:1a:2b:3c:4d:5e",
-        "values[::2], std::vector, localhost 127.0.0.1 and 0.0.0.0, octets 300.1.2.3",
-        "@property, a @ b, user@host, f(x)@g",
-        "148 + 26 * 11 = 434, 1250 1300 1400, 3 +4567890 dollars, 1,000,000 coins",
-        "id 123e4567-e89b-12d3-a456-426614174000",
-        "getHttpResponseCodeFromServerFactory2 and test_that_this_name_is_long_but_readable_1",
-        "/usr/lib/python3.11/site-packages/transformers/models/llama/modeling_llama.py",
-        "the phone shop sold 12 phones for 340 dollars",
-        "https://docs.python.org/3/library/urllib.parse.html#module-urllib.parse",
-        "----------------------------------------------------------------------",
-    ],
-)
-def test_look_alike_stays(text: str):
-    assert [
-        (finding.kind, text[finding.start : finding.end]) for finding in find_private(text)
-    ] == []
+def scrubbed(*records: Conversation) -> Counter[str]:
+    """Scrub the records of one session and give the counts of the last."""
+    by_role: Counter[str] = Counter()
+    for each in records:
+        by_role = scrub_call(each, PSEUDONYMS)
+    name_placeholders(list(records))
+    return by_role
 
 
 def record(*contents: str | None, session: str = "s", turn_id: str = "1") -> Conversation:
@@ -113,7 +49,8 @@ def test_same_value_keeps_its_placeholder_within_a_session_and_only_there():
     first = record("I am a@example.org", turn_id="1")
     second = record("b@example.org or a@example.org?", turn_id="2")
     other = record("I am b@example.org", session="t", turn_id="3")
-    scrub([other, second, first], PSEUDONYMS)
+    scrubbed(first, second)
+    scrubbed(other)
     assert first.messages[0].content == "I am EMAIL_1"
     assert second.messages[0].content == "EMAIL_2 or EMAIL_1?"
     assert other.messages[0].content == "I am EMAIL_1"
@@ -121,7 +58,7 @@ def test_same_value_keeps_its_placeholder_within_a_session_and_only_there():
 
 def test_spans_point_at_the_placeholders_of_each_message():
     call = record("Mail a@example.org from 192.0.2.1", "Wrote to a@example.org.")
-    scrub([call], PSEUDONYMS)
+    scrubbed(call)
     shown = [
         (index, kind, (call.messages[index].content or "")[start:end])
         for index, start, end, kind in call.privacy.spans
@@ -131,36 +68,39 @@ def test_spans_point_at_the_placeholders_of_each_message():
     assert call.privacy.scrubbed
 
 
-def test_secret_in_an_answer_drops_the_record_but_in_a_prompt_only_hides_it():
-    key = "hf_" + letters(34)
-    sifted = scrub([record(f"My key is {key}", "Keep it."), record("Key?", key)], PSEUDONYMS)
-    assert [call.messages[0].content for call in sifted.kept] == ["My key is HF_KEY_1"]
-    assert sifted.dropped == {DropReason.secret_in_answer: 1}
-    assert sifted.facts["HF_KEY/user"] == sifted.facts["HF_KEY/answer"] == 1
+def test_a_secret_counts_by_where_it_stands():
+    prompt, answer, history = record(KEY, "Keep it."), record("Key?", KEY), record("x", KEY, "y")
+    by_roles = [scrubbed(call) for call in (prompt, answer, history)]
+    assert by_roles == [{"HF_KEY/user": 1}, {"HF_KEY/answer": 1}, {"HF_KEY/assistant": 1}]
+    assert [has_secret_in_answer(by_role) for by_role in by_roles] == [False, True, False]
+    assert not has_secret_in_answer(scrubbed(record("Mail?", MAIL)))
+    assert prompt.messages[0].content == "HF_KEY_1"
 
 
 def test_every_part_of_a_record_is_scrubbed():
-    mail = "a@example.org"
     call = record("Ask", "x", "y")
     call.messages[1] = Turn(
-        role="assistant", content=None, reasoning=f"to {mail}",
-        tool_calls=[{"id": "1", "name": "send", "arguments": f'{{"to":"{mail}"}}'}],
+        role="assistant", content=None, reasoning=f"to {MAIL}",
+        tool_calls=[{"id": MAIL, "name": "send", "arguments": f'{{"to":"{MAIL}"}}'}],
     )  # fmt: skip
-    call.messages[2].name = mail
-    call.tools = [{"function": {"description": f"mails {mail}", mail: 1}}]
-    call.sampling = {"stop": [mail]}
+    call.messages[2] = Turn(role="tool", content="sent", name=MAIL, tool_call_id=MAIL)
+    call.tools = [{"function": {"description": f"mails {MAIL}", MAIL: 1}}]
+    call.sampling = {"stop": [MAIL], "temperature": 0.5}
     call.prompt_token_ids, call.output_token_ids = [1], [2]
-    scrub([call], PSEUDONYMS)
-    assert mail.encode() not in call.to_json()
-    assert call.privacy.redactions == {"EMAIL": 6}
+    scrubbed(call)
+    assert MAIL.encode() not in call.to_json()
+    assert call.privacy.redactions == {"EMAIL": 8}
     assert call.prompt_token_ids is call.output_token_ids is None
+    assert call.messages[1].tool_calls is not None
+    assert call.messages[1].tool_calls[0]["id"] == call.messages[2].tool_call_id == "EMAIL_1"
+    assert call.sampling == {"stop": ["EMAIL_1"], "temperature": 0.5}
 
 
 def test_provider_ids_become_keyed_hashes():
     first, second = record("a"), record("b", session="t")
     other = record("a")
-    scrub([first, second], PSEUDONYMS)
-    scrub([other], Pseudonyms(b"another key, just as long as that"))
+    scrubbed(first, second)
+    scrub_call(other, Pseudonyms(b"another key, just as long as that"))
     assert first.tenant == second.tenant != other.tenant
     assert first.session != second.session
     for value in (first.tenant, first.session, first.source_ref):
@@ -169,19 +109,202 @@ def test_provider_ids_become_keyed_hashes():
     assert "key of the tests" not in repr(PSEUDONYMS)
 
 
-PIECES = st.sampled_from([value for _, value in PRIVATE]) | st.text(max_size=12)
+ARGUMENTS = [
+    ('{"card": 4111111111111111, "note":"x"}', '{"card": "CARD_1", "note":"x"}'),
+    ('{"phone":4155552671,"n":4155552671}', '{"phone":"PHONE_1","n":4155552671}'),
+    ('["one\\na@example.org", 1.50]', '["one\\nEMAIL_1", 1.50]'),
+    ('{"a@example.org" : {"x": "\\ud83d a@example.org"}}',
+     '{"EMAIL_1" : {"x": "\\ud83d EMAIL_1"}}'),
+    ('{"u":"https:\\/\\/ana:pw1@h\\/x"}', '{"u":"https://URL_CREDENTIALS_1@h/x"}'),
+    ('{"clean" : "\\u00e9\\/", "big": 1e400}', '{"clean" : "\\u00e9\\/", "big": 1e400}'),
+    ("to=a@example.org {", "to=EMAIL_1 {"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("before", "after"), ARGUMENTS)
+def test_tool_arguments_keep_their_form_and_still_parse(before: str, after: str):
+    call = record("Ask", None)
+    call.messages[1].tool_calls = [{"id": "1", "function": {"name": "f", "arguments": before}}]
+    scrubbed(call)
+    assert call.messages[1].tool_calls == [
+        {"id": "1", "function": {"name": "f", "arguments": after}}
+    ]
+
+
+def test_the_random_id_of_a_tool_call_is_no_secret():
+    call = record("Ask", None)
+    call_id = "call_" + make_plant("HIGH_ENTROPY", random.Random(5), seeded_fakes(5))[:24]
+    call.messages[1].tool_calls = [{"id": call_id, "name": "f", "arguments": "{}"}]
+    assert not scrubbed(call)
+
+
+def test_an_answer_altered_outside_its_content_is_off_policy():
+    masked, edited, history = record("Ask", MAIL), record("Ask", "Yes"), record("Ask", "x", "y")
+    edited.messages[1].reasoning = f"They are {MAIL}"
+    history.messages = [*edited.messages[:1], Turn(role="assistant", reasoning=MAIL), Turn(
+        role="user", content="And?"), Turn(role="assistant", content="No")]  # fmt: skip
+    for call in (masked, edited, history):
+        call.on_policy, call.on_policy_reason = True, "match"
+        scrubbed(call)
+    assert masked.on_policy
+    assert history.on_policy
+    assert (edited.on_policy, edited.on_policy_reason) == (False, "edited")
+
+
+def test_a_history_that_every_call_repeats_is_searched_once(monkeypatch: pytest.MonkeyPatch):
+    searched: list[str] = []
+
+    def find(text: str, *, families: tuple[Family, ...]) -> list[Finding]:
+        searched.append(text)
+        return find_private(text, families=families)
+
+    monkeypatch.setattr(marks, "find_private", find)
+    tools = [{"function": {"name": "f", "description": "Sends mail"}}]
+    turns = ["I am a@example.org", "Hello", "Bye", "Good bye", "What?", "Nothing"]
+    calls = [record(*turns[:length], turn_id=str(length)) for length in (2, 4, 6)]
+    pseudonyms = Pseudonyms(b"another key, just as long as that")
+    for call in calls:
+        call.tools = tools
+        scrub_call(call, pseudonyms)
+    assert Counter(text for text in searched if text in turns) == Counter(turns)
+    assert len(searched) == len(set(searched))
+
+
+def test_records_may_share_their_messages():
+    first = record("I am a@example.org", "Hello a@example.org")
+    scrub_call(first, PSEUDONYMS)
+    second = record("x", turn_id="2")
+    second.messages = [*first.messages, Turn(role="user", content="Bye")]
+    second.privacy.scrubbed = True
+    name_placeholders([first, second])
+    assert first.privacy.spans == second.privacy.spans == [(0, 5, 12, "EMAIL"), (1, 6, 13, "EMAIL")]
+    assert first.messages == second.messages[:2]
+    assert second.messages[1].content == "Hello EMAIL_1"
+
+
+def test_one_value_has_one_placeholder_however_it_is_written():
+    call = record("4111 1111 1111 1111 or 4111-1111-1111-1111, A@example.org or a@example.org")
+    scrubbed(call)
+    assert call.messages[0].content == "CARD_1 or CARD_1, EMAIL_1 or EMAIL_1"
+
+
+def test_a_fresh_answer_goes_on_where_the_placeholders_of_its_record_end():
+    call = record("I am a@example.org, not b@example.org", "old c@example.org")
+    scrubbed(call)
+    call.messages[1] = Turn(role="assistant", content="EMAIL_1, write to d@example.org \ue000!")
+    call.prompt_token_ids, call.output_token_ids = [1], [2]
+    by_role = rescrub_answer(call, PSEUDONYMS)
+    assert by_role == {"EMAIL/answer": 1}
+    assert call.messages[1].content == "EMAIL_1, write to EMAIL_3 \ue000!"
+    assert call.privacy.spans == [(0, 5, 12, "EMAIL"), (0, 18, 25, "EMAIL"), (1, 18, 25, "EMAIL")]
+    assert call.output_token_ids is None
+
+
+def test_a_clean_fresh_answer_keeps_its_ids_and_a_secret_one_is_reported():
+    call = record("I am a@example.org", "Hello")
+    scrubbed(call)
+    call.prompt_token_ids, call.output_token_ids = [1], [2]
+    assert not rescrub_answer(call, PSEUDONYMS)
+    assert call.output_token_ids == [2]
+    call.messages[1].content = f"It is {KEY}"
+    by_role = rescrub_answer(call, PSEUDONYMS)
+    assert has_secret_in_answer(by_role)
+    assert KEY not in call.to_json().decode()
+
+
+def test_no_planted_value_is_left_in_any_written_byte_except_those_that_are_missed():
+    samples = [sample for sample in make_corpus(960, seed=77) if sample.is_private]
+    samples += [missed_by_design(value) for value in ("ana at example dot org", "4155552671")]
+    calls = [with_sample(sample, place) for place, sample in enumerate(samples)]
+    scrubbed(*calls)
+    written = b"\n".join(call.to_json() for call in calls)
+    left = {sample.value for sample in samples if any(f in written for f in forms(sample.value))}
+    missed = {sample.value for sample in samples if not is_covered(sample)}
+    assert left == missed
+    assert len(missed) <= 5
+    assert {"ana at example dot org", "4155552671"} <= missed
+
+
+def missed_by_design(value: str) -> Sample:
+    return Sample(f"see {value}", 4, 4 + len(value), "none", is_private=True)
+
+
+def is_covered(sample: Sample) -> bool:
+    return any(f.start <= sample.start and f.end >= sample.end for f in find_private(sample.text))
+
+
+def forms(value: str) -> list[bytes]:
+    """Give a value as it is and as JSON text holds it, once and twice."""
+    once = json.dumps(value, ensure_ascii=False)[1:-1]
+    twice = json.dumps(once, ensure_ascii=False)[1:-1]
+    ascii_only = json.dumps(value)[1:-1]
+    return [text.encode() for text in (value, once, twice, ascii_only)]
+
+
+def with_sample(sample: Sample, place: int) -> Conversation:
+    """Put a text into one of the parts of a call."""
+    call = record("Ask", "Yes", "And?", "No", turn_id=str(place))
+    turn = call.messages[place // 2 % 4]
+    match place % 6:
+        case 0 | 1:
+            turn.content = sample.text
+        case 2:
+            turn.reasoning = sample.text
+        case 3:
+            turn.tool_calls = [{"name": "f", "arguments": json.dumps({"x": [sample.text]})}]
+        case 4:
+            call.tools = [{"function": {"description": sample.text}}]
+        case _:
+            call.messages[2] = Turn(role="tool", content=sample.text, tool_call_id="1")
+    return call
+
+
+def own_values() -> list[str]:
+    dice, fakes = random.Random(1), seeded_fakes(1)
+    return [make_plant(kind, dice, fakes) for kind in MAKES]
+
+
+PIECES = st.sampled_from(own_values()) | st.text(max_size=12) | st.sampled_from(
+    ["\ue000", "\ue001", "\ue000EMAIL:0123456789abcdef\ue001", "EMAIL_1", "\\n", '"']
+)  # fmt: skip
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(st.lists(PIECES, max_size=6), st.sampled_from([" ", ", ", "\n", ""]))
+def test_text_without_its_spans_is_the_original_without_its_values(pieces: list[str], gap: str):
+    text = gap.join(pieces)
+    call = record("Hello", "x", text)
+    scrubbed(call)
+    after = call.messages[2].content or ""
+    findings = find_private(text)
+    assert [kind for _, _, _, kind in call.privacy.spans] == [f.kind for f in findings]
+    named = [(start, end) for _, start, end, _ in call.privacy.spans]
+    assert without(after, named) == without(text, [(f.start, f.end) for f in findings])
+    for (start, end), finding in zip(named, findings, strict=True):
+        assert after[start:end].rpartition("_")[0] == finding.kind
+
+
+def without(text: str, spans: list[tuple[int, int]]) -> str:
+    ends = [0, *(end for _, end in spans)]
+    starts = [*(start for start, _ in spans), len(text)]
+    return "".join(text[end:start] for end, start in zip(ends, starts, strict=True))
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | PIECES,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(PIECES, inner, max_size=3),
+    max_leaves=8,
+)
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
-@given(st.lists(PIECES, max_size=6), st.sampled_from([" ", ", ", "\n", ""]))
-def test_spans_always_hold_placeholders_and_the_rest_is_untouched(pieces: list[str], gap: str):
-    text = gap.join(pieces)
-    scrubbed, spans = scrub_text(text, Placeholders())
-    findings = find_private(text)
-    assert len(spans) == len(findings)
-    kept = kept_before = 0
-    for (start, end, kind), finding in zip(spans, findings, strict=True):
-        assert scrubbed[start:end].startswith(f"{kind}_")
-        assert scrubbed[kept:start] == text[kept_before : finding.start]
-        kept, kept_before = end, finding.end
-    assert scrubbed[kept:] == text[kept_before:]
+@given(JSON_VALUES, st.booleans())
+def test_arguments_that_parsed_parse_after_scrubbing(value: object, ensure_ascii: bool):
+    call = record("Ask", None)
+    text = json.dumps(value, ensure_ascii=ensure_ascii)
+    call.messages[1].tool_calls = [{"name": "f", "arguments": text}]
+    by_role = scrubbed(call)
+    arguments = call.messages[1].tool_calls[0]["arguments"]
+    after = json.loads(arguments)
+    call.to_json()
+    assert by_role or after == value

@@ -247,3 +247,19 @@ def test_pooled_and_per_request_means_are_told_apart(
     means = [sum(request) / len(request) for request in lengths]
     assert counts.per_request == pytest.approx(sum(means) / 6, rel=1e-12)
     assert counts.pooled < counts.per_request
+
+
+def test_a_redacted_answer_counts_up_to_its_first_gap(
+    drafter: Drafter, rows: list[FeatureRow], target64: Target
+) -> None:
+    row = rows[1]
+    end = row.prompt_length + 5
+    mask = row.loss_mask.clone()
+    mask[end : end + 2] = False
+    gapped = replay(drafter, target64.head, replace(row, loss_mask=mask))
+    features = torch.cat([row.features[: end - 1], torch.zeros_like(row.features[:1])])
+    short = replace(
+        row, input_ids=row.input_ids[:end], loss_mask=row.loss_mask[:end], features=features
+    )
+    assert gapped == replay(drafter, target64.head, short)
+    assert gapped.end == end - 1

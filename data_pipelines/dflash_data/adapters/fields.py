@@ -1,32 +1,39 @@
-"""Tolerant look-up in logged JSON: snake_case or camelCase, JSON or JSON inside a string."""
+"""Tolerant look-up in logged JSON: snake_case or camelCase, JSON or JSON inside a string.
+
+Adapters call these functions several times for each line of a log, so each has a short way
+for what logs usually hold: spellings are computed once per name, nesting is measured only in
+values that are stored as they are, and a time that is RFC 3339 UTC already is kept.
+"""
 
 import hashlib
 import math
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from functools import cache
 from typing import Any
 
 import orjson
 
 from dflash_data.drops import DropReason, UnusableError
 
-MAX_DEPTH = 64
-"""Deepest nesting of a logged value; orjson cannot write much deeper ones."""
+MAX_DEPTH = 96
+"""Deepest nesting of a stored value; orjson writes no more than 254, our own levels included."""
+RFC_3339_MARKS = "--T::Z"
+"""Every third character of `2026-10-14T08:40:00Z` from the first dash on."""
+MAX_DIGITS = 18
+"""Digits of a whole number in a string that always fits the 64 bits of JSON writers."""
 
 
 def parse_json(text: bytes | str) -> Any:
-    """Give the JSON value of a text.
+    """Give the JSON value of a text; it may be nested up to the 1024 levels that orjson reads.
 
     Raises:
-        UnusableError: It is no JSON, or nested deeper than any real request.
+        UnusableError: It is no JSON.
     """
     try:
-        value = orjson.loads(text)
+        return orjson.loads(text)
     except orjson.JSONDecodeError:
         raise UnusableError(DropReason.unparsable) from None
-    if isinstance(value, (dict, list)) and _is_deeper(value, MAX_DEPTH):
-        raise UnusableError(DropReason.unparsable)
-    return value
 
 
 def parse_object(text: bytes | str) -> dict[str, Any]:
@@ -41,12 +48,37 @@ def parse_object(text: bytes | str) -> dict[str, Any]:
     return value
 
 
-def find(mapping: Mapping[str, Any], *names: str) -> Any:
+def storable(value: Any) -> Any:
+    """Give a logged value that is stored as it is.
+
+    Raises:
+        UnusableError: It is nested deeper than any real request, so that no record could hold it.
+    """
+    if isinstance(value, (dict, list)) and _is_deeper(value, MAX_DEPTH):
+        raise UnusableError(DropReason.unparsable)
+    return value
+
+
+def as_text(value: Any) -> str:
+    """Give a text as it is, any other value as JSON.
+
+    Raises:
+        UnusableError: It is nested deeper than JSON can be written.
+    """
+    if isinstance(value, str):
+        return value
+    return orjson.dumps(storable(value)).decode()
+
+
+def find(mapping: Mapping[str, Any], name: str, *aliases: str) -> Any:
     """Give the first value that is present and not null under any spelling of the names."""
-    for name in names:
-        for spelling in (name, _camel_case(name)):
-            if mapping.get(spelling) is not None:
-                return mapping[spelling]
+    value = mapping.get(name)
+    if value is not None:
+        return value
+    for spelling in _other_spellings((name, *aliases)):
+        value = mapping.get(spelling)
+        if value is not None:
+            return value
     return None
 
 
@@ -67,27 +99,72 @@ def find_object(mapping: Mapping[str, Any], *names: str) -> dict[str, Any] | Non
 def find_text(mapping: Mapping[str, Any], *names: str) -> str | None:
     """Give an identifier or name as text; None if it is absent or no string or whole number."""
     value = find(mapping, *names)
+    if isinstance(value, str):
+        return value or None
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
-    return value if isinstance(value, str) and value else None
+    return None
+
+
+def find_count(mapping: Mapping[str, Any], *names: str) -> int | None:
+    """Give a whole number >= 0, also from a string of digits; None if absent or anything else."""
+    value = find(mapping, *names)
+    if type(value) is int and value >= 0:
+        return value
+    if isinstance(value, str) and len(value) <= MAX_DIGITS and value.isdecimal():
+        return int(value)
+    return None
+
+
+def find_flag(mapping: Mapping[str, Any], *names: str) -> bool:
+    """Tell whether a flag is set: true, also as the string that some exporters write."""
+    value = find(mapping, *names)
+    return value is True or (isinstance(value, str) and value.lower() == "true")
+
+
+def read_number(value: Any) -> Any:
+    """Give the number that a string holds; anything else stays."""
+    if not isinstance(value, str):
+        return value
+    try:
+        if len(value) <= MAX_DIGITS and value.removeprefix("-").isdecimal():
+            return int(value)
+        number = float(value)
+    except ValueError:
+        return value
+    return number if math.isfinite(number) else value
+
+
+@cache
+def spellings(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Give every spelling of the names in order: as written, then in camelCase."""
+    return tuple(dict.fromkeys(form for name in names for form in (name, _camel_case(name))))
+
+
+@cache
+def _other_spellings(names: tuple[str, ...]) -> tuple[str, ...]:
+    return spellings(names)[1:]
 
 
 def utc_timestamp(value: Any) -> str | None:
     """Give a logged time as RFC 3339 UTC; None if it is absent or cannot be read.
 
-    Numbers are seconds since 1970, or milliseconds if they are that large. A text without a
-    zone is taken as UTC.
+    Numbers are seconds since 1970, or milli-, micro- or nanoseconds if they are that large. A
+    text without a zone is taken as UTC.
     """
     if isinstance(value, str):
+        if value[4:5] == "-":
+            return _rfc3339(value)
         try:
             value = float(value)
         except ValueError:
             return _rfc3339(value)
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
         return None
-    seconds = value / 1000 if value > 1e11 else value
+    if value > 1e11:
+        value /= 1e3 if value < 1e14 else 1e6 if value < 1e17 else 1e9
     try:
-        return _utc_text(datetime.fromtimestamp(seconds, UTC))
+        return datetime.fromtimestamp(value, UTC).isoformat()[:-6] + "Z"
     except (ValueError, OverflowError, OSError):
         return None
 
@@ -101,14 +178,13 @@ def record_id(source: str, source_id: str, turn: int) -> str:
 def _rfc3339(text: str) -> str | None:
     try:
         moment = datetime.fromisoformat(text)
-        return _utc_text(moment if moment.tzinfo else moment.replace(tzinfo=UTC))
+        if moment.tzinfo is None:
+            return moment.isoformat() + "Z"
+        if len(text) == 20 and text[4::3] == RFC_3339_MARKS:
+            return text
+        return moment.astimezone(UTC).isoformat()[:-6] + "Z"
     except (ValueError, OverflowError):
         return None
-
-
-def _utc_text(moment: datetime) -> str:
-    precision = "microseconds" if moment.microsecond else "seconds"
-    return moment.astimezone(UTC).isoformat(timespec=precision).replace("+00:00", "Z")
 
 
 def _camel_case(name: str) -> str:
@@ -117,13 +193,15 @@ def _camel_case(name: str) -> str:
 
 
 def _is_deeper(value: Any, limit: int) -> bool:
+    """Tell whether lists and objects are nested more than `limit` deep, one level at a time."""
+    containers = (dict, list)
     level: list[Any] = [value]
     for _ in range(limit):
         level = [
             inner
             for outer in level
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-            if isinstance(inner, (dict, list))
+            for inner in (outer.values() if type(outer) is dict else outer)
+            if type(inner) in containers
         ]
         if not level:
             return False

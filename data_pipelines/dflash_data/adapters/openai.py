@@ -7,140 +7,145 @@ A request that failed is a drop. A request whose answer was not logged (`respons
 without choices) is kept: off-policy, reason `no_answer`, so `regenerate` writes it. Such a
 log also cannot show earlier answers: there the history's assistant messages hold null.
 
-An answer counts as the target's own only if the recipe names the target's served aliases
-and sampling; without those keys every logged answer is `other_model` and is rewritten.
+Legacy completions (`prompt`, `choices[].text`) have no messages. They are kept only with the
+engine's token ids, which then rule, and with the prompt's text, without which ids cannot be
+scrubbed: one raw user message stands for the prompt.
 """
 
 from typing import Any
 
+from dflash_data.adapters.completion import read_finish_reason, read_usage, with_answer
 from dflash_data.adapters.fields import (
     find,
     find_object,
     find_text,
-    parse_object,
     record_id,
+    spellings,
     utc_timestamp,
 )
-from dflash_data.adapters.messages import (
-    read_message,
-    read_messages,
-    read_sampling,
-    read_tools,
-)
-from dflash_data.drops import Drop, DropReason, UnusableError
-from dflash_train.records.conversation import Conversation
+from dflash_data.adapters.log_format import LogFormat, per_line
+from dflash_data.adapters.messages import num_answers, read_messages, read_sampling, read_tools
+from dflash_data.adapters.token_ids import read_token_ids
+from dflash_data.drops import Call, Drop, DropReason, UnusableError
+from dflash_train.records.conversation import Conversation, Turn
 
 SOURCE = "openai"
-FINISH_REASONS = {"stop": "stop", "length": "length", "tool_calls": "tool_calls"} | {
-    "function_call": "tool_calls"
-}
-USAGE_KEYS = ("prompt_tokens", "completion_tokens", "cached_tokens", "reasoning_tokens")
+HELICONE_KEYS = ("request_created_at", "request_model", "request_user_id", "request_properties")
+SESSION_NAMES = ("session_id", "conversation_id", "thread_id")
+SESSION_KEYS = frozenset(spellings(SESSION_NAMES))
+"""One look tells whether any of these is there, which is rare."""
+STATUS_NAMES = ("status", "status_code", "response_status")
+FAILURE_KEYS = frozenset(spellings(("error", *STATUS_NAMES)))
+FAILURES = ("error", "failed", "failure", "cancelled")
 FIRST_FAILURE_STATUS = 400
 
 
-def adapt(line: bytes, source_id: str) -> list[Conversation | Drop]:
-    """Give the call of one log line, or why there is none; further choices are drops, too.
+def adapt(envelope: dict[str, Any], place: str) -> list[Call]:
+    """Give the call of one log line; further choices are drops beside it.
 
     Args:
-        line: One JSON object.
-        source_id: Where the line stands; identifies the call if the log has no request id.
+        envelope: The parsed line.
+        place: Where the line stands; identifies the call if the log has no request id.
+
+    Raises:
+        UnusableError: The line holds no usable call.
     """
-    try:
-        envelope = parse_object(line)
-        choices, extra_choices = _read_choices(envelope)
-        call = _read_request(envelope, source_id)
-        if choices:
-            _add_answer(call, choices[0])
-        return [call, *extra_choices]
-    except UnusableError as unusable:
-        return [Drop(unusable.reason)]
+    return read_pair(envelope, place, source=SOURCE)
 
 
-def _read_request(envelope: dict[str, Any], source_id: str) -> Conversation:
+def read_pair(envelope: dict[str, Any], place: str, *, source: str) -> list[Call]:
+    """Give the call of a request and its response; further choices are drops beside it.
+
+    Args:
+        envelope: Holds `request` and `response`, or the bodies under Helicone's names.
+        place: Where the line stands; identifies the call if the log has no request id.
+        source: Name of the format that the pair was logged in.
+
+    Raises:
+        UnusableError: The pair holds no usable call.
+    """
     request = find_object(envelope, "request", "request_body") or {}
-    response = _response(envelope)
-    messages = read_messages(find(request, "messages"))
+    outer = find_object(envelope, "response", "response_body") or {}
+    response = find_object(outer, "body") or outer
+    if _has_failed(envelope) or _has_failed(outer) or _has_failed(response):
+        raise UnusableError(DropReason.not_success)
+    is_legacy = find(request, "messages") is None and find(request, "prompt") is not None
+    messages = [_raw_prompt(request)] if is_legacy else read_messages(find(request, "messages"))
+    turn = num_answers(messages)
     source_ref = find_text(envelope, "id", "request_id") or find_text(response, "id")
-    turn = sum(message.role == "assistant" for message in messages)
-    metadata = find_object(request, "metadata") or {}
     created = find(envelope, "created", "created_at", "timestamp", "ts")
-    return Conversation(
-        id=record_id(SOURCE, source_ref or source_id, turn),
-        source=SOURCE,
+    call = Conversation(
+        id=record_id(source, source_ref or place, turn),
+        source=source,
         source_ref=source_ref,
         ts=utc_timestamp(find(response, "created") if created is None else created),
         model=find_text(response, "model") or find_text(request, "model"),
         messages=messages,
         tools=read_tools(request),
         sampling=read_sampling(request),
-        usage=_read_usage(response),
-        session=_session(envelope) or _session(request) or _session(metadata),
+        usage=read_usage(find_object(response, "usage") or {}),
+        session=_read_session(envelope, request),
         tenant=find_text(request, "user"),
         turn=turn,
         on_policy_reason="no_answer",
     )
+    return _with_text_answer(call, response) if is_legacy else with_answer(call, response)
 
 
-def _read_choices(envelope: dict[str, Any]) -> tuple[list[dict[str, Any]], list[Drop]]:
-    """Give the first choice, if an answer was logged, and a drop for each further one."""
-    response = _response(envelope)
-    outer = find_object(envelope, "response", "response_body") or {}
-    if any(map(_has_failed, (envelope, outer, response))):
-        raise UnusableError(DropReason.not_success)
-    if str(find(response, "object") or "").endswith(".chunk"):
-        raise UnusableError(DropReason.stream_fragment)
-    choices = find(response, "choices") or []
-    if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
-        raise UnusableError(DropReason.unparsable)
-    first = [choice for choice in choices if find(choice, "index") in (None, 0)][:1]
-    if choices and not first:
-        raise UnusableError(DropReason.extra_choice)
-    return first, [Drop(DropReason.extra_choice)] * (len(choices) - len(first))
+def recognises(envelope: dict[str, Any]) -> bool:
+    """Tell whether an object is a pair; one with Helicone's own keys is Helicone's."""
+    if find(envelope, "request") is not None:
+        return True
+    return find(envelope, "request_body") is not None and find(envelope, *HELICONE_KEYS) is None
 
 
-def _add_answer(call: Conversation, choice: dict[str, Any]) -> None:
-    message = find_object(choice, "message")
-    if message is None:
+FORMAT = LogFormat(name=SOURCE, read=per_line(adapt), recognises=recognises)
+
+
+def _raw_prompt(request: dict[str, Any]) -> Turn:
+    prompt = find(request, "prompt")
+    if isinstance(prompt, list) and len(prompt) == 1:
+        (prompt,) = prompt
+    if not isinstance(prompt, str):
         raise UnusableError(DropReason.content_missing)
-    answer = read_message({"role": "assistant", **message})
-    if answer.role != "assistant":
-        raise UnusableError(DropReason.unknown_role)
-    call.finish_reason = _read_finish_reason(find(choice, "finish_reason"))
-    if not answer.content and not answer.tool_calls:
-        raise UnusableError(DropReason.empty_output)
-    call.messages.append(answer)
-    call.on_policy, call.on_policy_reason = False, "other_model"
+    return Turn(role="user", content=prompt)
 
 
-def _read_finish_reason(value: Any) -> str | None:
-    if value == "content_filter":
-        raise UnusableError(DropReason.content_filter)
-    if value is None:
-        return None
-    if not isinstance(value, str) or value not in FINISH_REASONS:
-        raise UnusableError(DropReason.not_success)
-    return FINISH_REASONS[value]
+def _with_text_answer(call: Conversation, response: dict[str, Any]) -> list[Call]:
+    """Add the text and the token ids of a legacy completion's first choice."""
+    choices = find(response, "choices")
+    if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
+        raise UnusableError(DropReason.content_missing)
+    first = next((choice for choice in choices if find(choice, "index") in (None, 0)), {})
+    text = find(first, "text")
+    prompt_ids = find(first, "prompt_token_ids") or find(response, "prompt_token_ids")
+    call.prompt_token_ids = read_token_ids(prompt_ids)
+    call.output_token_ids = read_token_ids(find(first, "token_ids", "output_token_ids"))
+    if call.prompt_token_ids is None or call.output_token_ids is None or not isinstance(text, str):
+        raise UnusableError(DropReason.content_missing)
+    call.finish_reason = read_finish_reason(find(first, "finish_reason"))
+    call.messages.append(Turn(role="assistant", content=text))
+    call.on_policy_reason = "other_model"
+    return [call, *[Drop(DropReason.extra_choice)] * (len(choices) - 1)]
 
 
-def _read_usage(response: dict[str, Any]) -> dict[str, int]:
-    usage = find_object(response, "usage") or {}
-    counts = {key: find(usage, key) for key in USAGE_KEYS}
-    return {key: count for key, count in counts.items() if type(count) is int}
-
-
-def _response(envelope: dict[str, Any]) -> dict[str, Any]:
-    response = find_object(envelope, "response", "response_body") or {}
-    return find_object(response, "body") or response
-
-
-def _session(mapping: dict[str, Any]) -> str | None:
-    return find_text(mapping, "session_id", "conversation_id", "thread_id")
+def _read_session(envelope: dict[str, Any], request: dict[str, Any]) -> str | None:
+    """Give the id of the conversation: of the envelope, the request or the request's metadata."""
+    metadata = find_object(request, "metadata") or {}
+    for holder in (envelope, request, metadata):
+        if not SESSION_KEYS.isdisjoint(holder):
+            session = find_text(holder, *SESSION_NAMES)
+            if session is not None:
+                return session
+    return None
 
 
 def _has_failed(mapping: dict[str, Any]) -> bool:
+    if FAILURE_KEYS.isdisjoint(mapping):
+        return False
     if find(mapping, "error") is not None:
         return True
-    status = find(mapping, "status", "status_code", "response_status")
+    status = find(mapping, *STATUS_NAMES)
     if isinstance(status, (int, float)):
         return status >= FIRST_FAILURE_STATUS
-    return isinstance(status, str) and status.lower() in ("error", "failed", "failure", "cancelled")
+    return isinstance(status, str) and status.lower() in FAILURES

@@ -1,0 +1,280 @@
+"""One request of a vLLM log: what its lines told, and the conversation they make."""
+
+import ast
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from dflash_data.adapters.completion import read_finish_reason
+from dflash_data.adapters.fields import find_text, parse_json, parse_object, read_number, record_id
+from dflash_data.adapters.log_cut import LogCut
+from dflash_data.adapters.messages import (
+    SAMPLING_ALIASES,
+    num_answers,
+    read_messages,
+    read_sampling,
+    read_tools,
+)
+from dflash_data.adapters.token_ids import read_token_ids
+from dflash_data.drops import DropReason, UnusableError
+from dflash_train.records.conversation import Conversation, Turn
+
+SOURCE = "vllm_log"
+LITERAL = r"""(?:'[^'\\]*(?:\\.[^'\\]*)*'|"[^"\\]*(?:\\.[^"\\]*)*")"""
+"""A string as Python's repr writes it."""
+ANY_LITERAL = re.compile(LITERAL)
+PROMPT = re.compile(rf"prompt: (?:None|(?P<text>{LITERAL})), ")
+OUTPUT = re.compile(rf"output: (?P<text>{LITERAL})(?=, )")
+PARAMS = re.compile(r"params: (?=\w+\()")
+PARAMS_ENDS = ("), prompt_token_ids: ", "), lora_request: ")
+SETTING = re.compile(r"\b(\w+)=(-?\d[\d.e+-]*)[,)]")
+SETTINGS = frozenset(SAMPLING_ALIASES)
+STOP = re.compile(rf"\bstop=(\[{LITERAL}(?:, {LITERAL})*\])")
+CONSTRAINT = re.compile(r"\b(?:structured_outputs|guided_decoding)=(?!None)\w")
+PROMPT_IDS = "prompt_token_ids: "
+OUTPUT_IDS = "output_token_ids: "
+SEPARATOR = ", "
+CLOSING = {"[": "]", "(": ")"}
+FINISH_REASON = re.compile(r"finish_reason: (\w+)")
+LORA_NAME = re.compile(rf"lora_request: LoRARequest\(.*?lora_name=({LITERAL})")
+NOT_LOGGED = ("None", "streaming_complete")
+"""What stands for a finish reason that the log does not know."""
+UNKNOWN_OUTPUT = re.compile(r"<streaming_complete: \d+ tokens>")
+TOOL_CALLS = "[tool_calls: "
+CALL_NAME = re.compile(r"\s*([\w.-]+)\(")
+
+
+@dataclass(kw_only=True)
+class VllmRequest:
+    """What the lines of one request told so far; each text once."""
+
+    key: str
+    ts: str | None
+    body: dict[str, Any] | None = None
+    params: str = ""
+    prompt: str | None = None
+    prompt_ids: list[int] | None = None
+    output: str | None = None
+    output_ids: list[int] | None = None
+    finish_reason: str | None = None
+    adapter: str | None = None
+    num_further: int = 0
+    """Choices after the first."""
+    longest: int = 0
+    """Length of the longest text or id list, in characters or ids."""
+    unusable: DropReason | None = None
+
+    def conversation(self, cut: LogCut) -> Conversation:
+        """Give the record of this request.
+
+        Raises:
+            UnusableError: It failed, it was cut, or neither messages nor ids were logged.
+        """
+        if self.unusable is not None:
+            raise UnusableError(self.unusable)
+        if self.longest and cut.is_cut(self.longest):
+            raise UnusableError(DropReason.truncated_log)
+        body = self.body or {}
+        answer = None if self.output is None else read_answer(self.output)
+        has_ids = bool(answer and self.prompt_ids and self.output_ids)
+        if "messages" in body:
+            messages = read_messages(body["messages"])
+        elif has_ids:
+            messages = [Turn(role="user", content=self.prompt or "")]
+        else:
+            raise UnusableError(DropReason.content_missing)
+        turn = num_answers(messages)
+        return Conversation(
+            id=record_id(SOURCE, self.key, turn),
+            source=SOURCE,
+            source_ref=self.key,
+            ts=self.ts,
+            model=find_text(body, "model"),
+            adapter=self.adapter,
+            messages=[*messages, answer] if answer else messages,
+            tools=read_tools(body),
+            sampling=read_sampling(body) | dict(read_params(self.params)),
+            finish_reason=self.finish_reason if answer else None,
+            usage=self._usage(),
+            session=find_text(body, "session_id"),
+            tenant=find_text(body, "user"),
+            turn=turn,
+            prompt_token_ids=self.prompt_ids if has_ids else None,
+            output_token_ids=self.output_ids if has_ids else None,
+            on_policy_reason="other_model" if answer else "no_answer",
+        )
+
+    def _usage(self) -> dict[str, int]:
+        counts = {"prompt_tokens": self.prompt_ids, "completion_tokens": self.output_ids}
+        return {name: len(ids) for name, ids in counts.items() if ids}
+
+
+def add_message(request: VllmRequest, found: re.Match[bytes], text: bytes, cut: LogCut) -> None:
+    """Add what one line tells; a line that cannot be read makes the request unusable.
+
+    Args:
+        request: The request that the line names.
+        found: The beginning of the message: groups `verb`, `stream` and `detail`.
+        text: The rest of the message.
+        cut: Learns from the lengths.
+    """
+    try:
+        message = text.decode()
+        if found["verb"] == b"Generated response":
+            _add_response(request, message, cut)
+        elif found["detail"] == b" JSON body":
+            _add_body(request, message, cut)
+        else:
+            _add_prompt(request, message, cut)
+    except UnicodeDecodeError:
+        request.unusable = DropReason.unparsable
+    except UnusableError as unusable:
+        request.unusable = unusable.reason
+
+
+def read_literal(literal: str) -> str:
+    """Give the text of a Python string literal.
+
+    Raises:
+        UnusableError: It is no string that can be written as UTF-8.
+    """
+    if "\\" not in literal:
+        return literal[1:-1]
+    try:
+        text = ast.literal_eval(literal)
+        text.encode()
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        raise UnusableError(DropReason.unparsable) from None
+    return text
+
+
+def read_answer(text: str) -> Turn | None:
+    """Give the answer; None if the log has only its number of tokens.
+
+    vLLM writes tool calls as `[tool_calls: name(arguments), ...]`.
+    """
+    if UNKNOWN_OUTPUT.fullmatch(text):
+        return None
+    if not text:
+        raise UnusableError(DropReason.empty_output)
+    if text.startswith(TOOL_CALLS) and text.endswith("]"):
+        return Turn(role="assistant", tool_calls=_tool_calls(text[len(TOOL_CALLS) : -1]))
+    return Turn(role="assistant", content=text)
+
+
+@lru_cache(maxsize=1024)
+def read_params(params: str) -> Mapping[str, Any]:
+    """Give the sampling settings of `SamplingParams(...)`: those that were really used.
+
+    Clients send few different settings, so most requests find theirs read already.
+    """
+    settings = ANY_LITERAL.sub("''", params)  # a stop text may look like a setting
+    sampling: dict[str, Any] = {
+        name: read_number(number) for name, number in SETTING.findall(settings) if name in SETTINGS
+    }
+    stop = STOP.search(params)
+    if stop:
+        sampling["stop"] = [read_literal(text) for text in ANY_LITERAL.findall(stop[1])]
+    if CONSTRAINT.search(settings):
+        sampling["response_format"] = {"type": "structured_outputs"}
+    return sampling
+
+
+def _add_body(request: VllmRequest, message: str, cut: LogCut) -> None:
+    message = message.rstrip()
+    try:
+        request.body = parse_object(message)
+    except UnusableError:
+        if not message.endswith("}"):
+            cut.see_cut(len(message))
+            raise UnusableError(DropReason.truncated_log) from None
+        raise
+    cut.see_whole(len(message))
+
+
+def _add_prompt(request: VllmRequest, message: str, cut: LogCut) -> None:
+    """Read prompt, parameters, ids and adapter: all in one line, or in two lines of their own."""
+    start = 0
+    if message.startswith("prompt: ") and request.body is None:
+        prompt = PROMPT.match(message)
+        if prompt is None:
+            raise UnusableError(DropReason.unparsable)
+        start = prompt.end()
+        if prompt["text"] is not None:
+            request.prompt = read_literal(prompt["text"])
+            _note_length(request, cut, request.prompt)
+    elif message.startswith("prompt: "):
+        # Nobody needs the prompt beside the body; only numbers follow the ids.
+        start = max(0, message.rfind(PROMPT_IDS))
+    params = PARAMS.match(message, start)
+    if params:
+        ends = [message.find(end, start) for end in PARAMS_ENDS]
+        start = min((end for end in ends if end >= 0), default=len(message) - 1) + 1
+        request.params = message[params.end() : start]
+        lora = LORA_NAME.search(message, start)
+        request.adapter = read_literal(lora[1]) if lora else None
+    ids = _read_ids(message, PROMPT_IDS, start)
+    if ids:
+        request.prompt_ids = ids
+        _note_length(request, cut, ids)
+
+
+def _add_response(request: VllmRequest, message: str, cut: LogCut) -> None:
+    output = OUTPUT.match(message)
+    if output is None and message.startswith("output: "):
+        raise UnusableError(DropReason.unparsable)
+    if output and request.output is not None:
+        request.num_further += 1
+        return
+    if output:
+        request.output = read_literal(output["text"])
+        _note_length(request, cut, request.output)
+        reason = FINISH_REASON.search(message, output.end())
+        if reason and reason[1] not in NOT_LOGGED:
+            request.finish_reason = read_finish_reason(reason[1])
+    ids = _read_ids(message, OUTPUT_IDS, output.end() if output else 0)
+    if ids and request.output_ids is None:
+        request.output_ids = ids
+        _note_length(request, cut, ids)
+
+
+def _read_ids(message: str, name: str, start: int) -> list[int] | None:
+    """Read the list or tuple of ids that stands under a name, first thing from `start` on."""
+    start += len(SEPARATOR) if message.startswith(SEPARATOR, start) else 0
+    if not message.startswith(name, start):
+        return None
+    start += len(name)
+    bracket = message[start : start + 1]
+    end = message.find(CLOSING[bracket], start) if bracket in CLOSING else -1
+    if end < 0:
+        return None
+    # Whole numbers are the same text in Python and JSON; a tuple of one has a comma more.
+    return read_token_ids(parse_json(f"[{message[start + 1 : end].rstrip(', ')}]"))
+
+
+def _note_length(request: VllmRequest, cut: LogCut, text: str | list[int]) -> None:
+    if text:
+        length = cut.see(text)
+        request.longest = max(request.longest, length)
+
+
+def _tool_calls(text: str) -> list[dict[str, Any]]:
+    """Read `name(arguments), ...` in which the arguments are JSON."""
+    calls: list[dict[str, Any]] = []
+    position = 0
+    while position < len(text):
+        found = CALL_NAME.match(text, position)
+        if found is None:
+            raise UnusableError(DropReason.unparsable)
+        start = end = found.end()
+        try:
+            if text[start : start + 1] != ")":
+                _, end = json.JSONDecoder().raw_decode(text, start)
+        except (ValueError, RecursionError):
+            raise UnusableError(DropReason.unparsable) from None
+        calls.append({"id": None, "name": found[1], "arguments": text[start:end] or "{}"})
+        position = end + len("),")
+    return calls
