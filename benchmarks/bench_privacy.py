@@ -11,7 +11,7 @@ import argparse
 import json
 import time
 
-from dflash_data.detectors import KINDS
+from dflash_data.privacy.detectors import KINDS
 from tests.test_data.privacy_corpus import Score, make_corpus, score
 
 

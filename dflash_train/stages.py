@@ -117,7 +117,7 @@ def _sample_traffic(workshop: Workshop, manifest: Manifest) -> None:
 
 
 def _ingest(workshop: Workshop, manifest: Manifest) -> None:
-    from dflash_data.ingest import ingest
+    from dflash_data.ingest.stage import ingest
     from dflash_inference.eval_sets import load_eval_set
 
     config = workshop.config
@@ -129,7 +129,7 @@ def _ingest(workshop: Workshop, manifest: Manifest) -> None:
 
 
 def _regenerate(workshop: Workshop, manifest: Manifest) -> None:
-    from dflash_data.regenerate import regenerate
+    from dflash_data.regenerate.stage import regenerate
 
     config = workshop.config
     if config.data.endpoints.urls:
@@ -140,7 +140,7 @@ def _regenerate(workshop: Workshop, manifest: Manifest) -> None:
 
 
 def _collect(workshop: Workshop, manifest: Manifest) -> None:
-    from dflash_data.collect import collect
+    from dflash_data.collect.stage import collect
 
     manifest.target = _upstream(workshop.config, "regenerate").target
     try:
@@ -192,7 +192,7 @@ def _report(workshop: Workshop, manifest: Manifest) -> None:
 def _log_inputs(workshop: Workshop) -> dict[str, str]:
     if workshop.config.data.logs is None:
         return {}
-    from dflash_data.sources import parts_hash, plan_parts
+    from dflash_data.logs.sources import parts_hash, plan_parts
 
     data = workshop.config.data
     return {"logs": parts_hash(plan_parts(log_path(workshop.config), format=data.format))}
@@ -337,7 +337,7 @@ def stages_of(config: RecipeConfig) -> list[Stage]:
 
 def play_fleet(out: Path, *, seed: int, num_requests: int) -> dict[str, int]:
     """Write the simulated fleet's log and give the number of requests by kind."""
-    from dflash_data.sample_traffic import write_sample_traffic
+    from dflash_data.sample_traffic.fleet import write_sample_traffic
 
     return write_sample_traffic(out, seed=seed, num_requests=num_requests)
 
@@ -349,8 +349,8 @@ def estimate_collection(config: RecipeConfig) -> Iterator[str]:
         ValueError: `ingest` or `regenerate` has not run.
         UnavailableError: The disk would not hold the features.
     """
-    from dflash_data.collect import check_disk
-    from dflash_data.collection_estimate import plan_collection
+    from dflash_data.collect.estimate import plan_collection
+    from dflash_data.collect.stage import check_disk
 
     for name in ("ingest", "regenerate"):
         _upstream(config, name)
@@ -380,8 +380,8 @@ def view_conversation(config: RecipeConfig, choice: Choice) -> View:
     Raises:
         ValueError: There is no such record, or the target's tokenizer cannot be read.
     """
+    from dflash_data.collect.feature_rows import answer_row, has_exact_ids
     from dflash_data.drops import DropReason
-    from dflash_data.feature_rows import answer_row, has_exact_ids
 
     record = find_record(config.run_dir, choice)
     target = load_target_text(config.target, [])

@@ -40,7 +40,7 @@ THIRD_PARTY = {
     "hydra": ("dflash_train.cli", "dflash_train.config"),
     "omegaconf": ("dflash_train.cli", "dflash_train.config"),
     "triton": ("dflash_kernels",),
-    "vllm": ("dflash_data.vllm_capture",),  # in an environment of its own
+    "vllm": ("dflash_data.collect.vllm_capture",),  # in an environment of its own
     "wandb": ("dflash_train.training.tracking",),
 }
 
@@ -277,7 +277,7 @@ def test_no_file_touches_the_search_path_and_all_names_are_nouns() -> None:
 PLANTED = [
     ("dflash_train.stages", "import datatrove", "only dflash_data may"),
     ("dflash_train.training.batching", "from accelerate import Accelerator", "only dflash_train."),
-    ("dflash_data.collect", "from accelerate import Accelerator", "imports accelerate"),
+    ("dflash_data.collect.stage", "from accelerate import Accelerator", "imports accelerate"),
     ("dflash_train.training.trainer", "import deepspeed", "only no module may"),
     ("dflash_train.drafter.model", "def f():\n    import triton", "only dflash_kernels may"),
     ("dflash_data.executor", "from omegaconf import OmegaConf", "imports omegaconf"),
@@ -285,11 +285,15 @@ PLANTED = [
     ("dflash_train.features.target", "import huggingface_hub", "imports huggingface_hub"),
     ("dflash_train.drafter.model", "import datasets", "imports datasets"),
     ("dflash_train.cli", "import importlib\nimportlib.import_module('wandb')", "imports wandb"),
-    ("dflash_data.ingest", "from dflash_inference import verify", "imports dflash_inference"),
+    ("dflash_data.ingest.stage", "from dflash_inference import verify", "imports dflash_inference"),
     ("dflash_inference.report", "import dflash_data.drops", "imports dflash_data.drops"),
     ("dflash_inference.decoder", "import dflash_train.training.trainer", "training.trainer"),
-    ("dflash_data.collect", "from dflash_train.drafter.model import Drafter", "drafter.model"),
-    ("dflash_train.stages", "from dflash_data.ingest import ingest", "outside a function"),
+    (
+        "dflash_data.collect.stage",
+        "from dflash_train.drafter.model import Drafter",
+        "drafter.model",
+    ),
+    ("dflash_train.stages", "from dflash_data.ingest.stage import ingest", "outside a function"),
     ("dflash_train.stages", "class A:\n    import dflash_data", "outside a function"),
     ("dflash_train.cli", "def f():\n    import dflash_data", "imports dflash_data"),
     ("dflash_train.ops", "import dflash_kernels", "outside a function"),
@@ -316,14 +320,14 @@ def test_a_planted_violation_is_found(name: str, source: str, complaint: str) ->
 
 
 LAWFUL = [
-    ("dflash_train.stages", "def f():\n    from dflash_data.ingest import ingest"),
+    ("dflash_train.stages", "def f():\n    from dflash_data.ingest.stage import ingest"),
     ("dflash_train.stages", "def f():\n    from dflash_inference import report"),
     ("dflash_train.ops", "def f():\n    import dflash_kernels"),
     ("dflash_train.ops", "from dflash_train.training.losses import cross_entropy"),
     ("dflash_train.drafter.attention", "from dflash_train.ops import block_attention"),
     ("dflash_train.cli", "from dflash_train.stages import STAGES\nimport hydra"),
     ("dflash_train.training.trainer", "import accelerate\nfrom .replay import replay"),
-    ("dflash_data.collect", "from dflash_train.training.accelerator import make_accelerator"),
+    ("dflash_data.collect.stage", "from dflash_train.training.accelerator import make_accelerator"),
     ("dflash_inference.decoder", "from dflash_train.drafter.model import Drafter\nimport torch"),
     ("dflash_kernels._launch", "import math\nimport torch\nimport triton.language as tl"),
     ("dflash_train.testing", "from dflash_train.training import trainer"),

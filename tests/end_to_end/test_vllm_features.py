@@ -17,8 +17,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dflash_data.sample_traffic import play_fleet
-from dflash_data.vllm_capture.capture import VllmEngine, capture_features
+from dflash_data.collect.vllm_capture.capture import VllmEngine, capture_features
+from dflash_data.sample_traffic.fleet import play_fleet
 from dflash_train.config import TargetConfig
 from dflash_train.features.target import Target, load_target
 from dflash_train.features.target_weights import locate_target

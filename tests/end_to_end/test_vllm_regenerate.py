@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dflash_data.regenerate import regenerate
+from dflash_data.regenerate.stage import regenerate
 from dflash_train.config import (
     DataConfig,
     DrafterSettings,

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from dflash_data.detectors import KINDS, find_private
+from dflash_data.privacy.detectors import KINDS, find_private
 from tests.test_data.privacy_look_alikes import LOOK_ALIKES
 from tests.test_data.privacy_plants import make_plant, seeded_fakes
 

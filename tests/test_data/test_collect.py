@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from dflash_data.collect import collect
-from dflash_data.collection_estimate import plan_collection
+from dflash_data.collect.estimate import plan_collection
+from dflash_data.collect.stage import collect
 from dflash_data.drops import DropReason
-from dflash_data.regenerate import regenerate
+from dflash_data.regenerate.stage import regenerate
 from dflash_train.cli import main
 from dflash_train.config import FeaturesDtype, RecipeConfig, UnavailableError
 from dflash_train.features.shard import bytes_per_token
@@ -371,7 +371,7 @@ def test_a_shard_that_is_damaged_or_lost_is_computed_again_and_no_other(
 
 PROGRAM = """
 import sys
-from dflash_data.collect import collect
+from dflash_data.collect.stage import collect
 from dflash_train.config import *
 from dflash_train.records.manifest import Manifest
 from dflash_train.testing import MASK_TOKEN_ID, tiny_target

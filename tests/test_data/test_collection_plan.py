@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from dflash_data.collection_plan import (
+from dflash_data.collect.plan import (
     CollectionPlan,
     RenderedCall,
     ShardLimits,

@@ -1,7 +1,7 @@
 from collections import Counter
 
-from dflash_data.data_card import as_markdown, data_card
 from dflash_data.drops import DropReason, all_reasons
+from dflash_data.ingest.data_card import as_markdown, data_card
 from dflash_train.config import DataConfig
 from dflash_train.records.manifest import Counts
 

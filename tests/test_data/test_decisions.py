@@ -1,11 +1,11 @@
 import numpy as np
 import pytest
 
-from dflash_data.decisions import DECISION, KEPT, REASONS, SEEN, UNSEEN, Decided, decide
-from dflash_data.decontaminate import EvaluationText
 from dflash_data.drops import DropReason
-from dflash_data.explode import drop_orphans
-from dflash_data.record_arrays import ROW, index_records
+from dflash_data.ingest.decisions import DECISION, KEPT, REASONS, SEEN, UNSEEN, Decided, decide
+from dflash_data.ingest.decontaminate import EvaluationText
+from dflash_data.ingest.explode import drop_orphans
+from dflash_data.ingest.record_arrays import ROW, index_records
 from dflash_train.config import DataConfig
 from dflash_train.records.conversation import SPLITS, Conversation, Turn
 

@@ -2,7 +2,7 @@ import random
 
 import pytest
 
-from dflash_data.decontaminate import EvaluationText, find_contaminated, user_turns
+from dflash_data.ingest.decontaminate import EvaluationText, find_contaminated, user_turns
 from dflash_train.records.conversation import Conversation, Turn
 
 LONG = " ".join(f"word{number}" for number in range(60))

@@ -4,7 +4,14 @@ import re
 
 import numpy as np
 
-from dflash_data.dedup import NUM_BANDS, ExactKeys, band_hashes, cluster, near_text, normalised
+from dflash_data.ingest.dedup import (
+    NUM_BANDS,
+    ExactKeys,
+    band_hashes,
+    cluster,
+    near_text,
+    normalised,
+)
 from dflash_train.records.conversation import Conversation, Turn
 
 

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from dflash_data.detectors import KINDS, SECRETS, find_private
+from dflash_data.privacy.detectors import KINDS, SECRETS, find_private
 from tests.test_data.privacy_corpus import Score, make_corpus, score
 from tests.test_data.privacy_plants import ALNUM, LOCALES, MAKES, text_of
 
@@ -129,7 +129,7 @@ HOSTILE = (
 def test_hostile_text_takes_no_more_than_linear_time():
     """Quadratic work on 300,000 characters would take hours; linear work takes seconds."""
     code = f"""
-from dflash_data.detectors import find_private
+from dflash_data.privacy.detectors import find_private
 for piece in {HOSTILE!r}:
     find_private((piece * 300_000)[:300_000])
     find_private((piece * 300_000)[:300_000] + "@")

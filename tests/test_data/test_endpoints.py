@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from dflash_data.answer_log import AnswerLog
-from dflash_data.collect import collect
-from dflash_data.regenerate import regenerate
+from dflash_data.collect.stage import collect
+from dflash_data.regenerate.answer_log import AnswerLog
+from dflash_data.regenerate.stage import regenerate
 from dflash_train.config import (
     EndpointApi,
     EndpointsConfig,

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-import dflash_data.ingest
+import dflash_data.ingest.stage
 from dflash_data.executor import Document, Guard, run_phases
-from dflash_data.ingest import ingest, slurm_scripts
+from dflash_data.ingest.stage import ingest, slurm_scripts
 from dflash_train.config import (
     DataConfig,
     ExecutorConfig,
@@ -183,7 +183,7 @@ def test_a_task_that_fails_on_ray_is_an_error_here(
         log.unlink()
         return run_phases(*arguments)
 
-    monkeypatch.setattr(dflash_data.ingest, "run_phases", run_without_the_log)
+    monkeypatch.setattr(dflash_data.ingest.stage, "run_phases", run_without_the_log)
     config = recipe(tmp_path, ExecutorKind.ray, workers=2, memory_gb=1)
     with pytest.raises((RuntimeError, ValueError), match=r"a task stopped at|data\.logs"):
         conversations(config, log)

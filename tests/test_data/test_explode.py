@@ -1,5 +1,5 @@
 from dflash_data.drops import DropReason
-from dflash_data.explode import (
+from dflash_data.ingest.explode import (
     bucket_of,
     by_session,
     drop_orphans,

@@ -6,9 +6,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from dflash_data import feature_rows
+from dflash_data.collect import feature_rows
+from dflash_data.collect.feature_rows import feature_row, ids_fault, index_line
 from dflash_data.drops import DropReason
-from dflash_data.feature_rows import feature_row, ids_fault, index_line
 from dflash_train.config import DataConfig, ServingSampling
 from dflash_train.features.target import Target
 from dflash_train.features.target_text import TargetText

@@ -9,16 +9,16 @@ from pathlib import Path
 
 import pytest
 
-import dflash_data.ingest
-import dflash_data.ingest_plan
-import dflash_data.ingest_steps
+import dflash_data.ingest.plan
+import dflash_data.ingest.stage
+import dflash_data.ingest.steps
 from dflash_data.drops import Call, DropReason
-from dflash_data.explode import missing_answers, prefix_key
-from dflash_data.ingest import ingest
-from dflash_data.partitions import read_lines_of
-from dflash_data.pseudonyms import KEY_FILE_NAME
-from dflash_data.sample_traffic import write_sample_traffic
-from dflash_data.sources import LogPart, plan_parts, read_part
+from dflash_data.ingest.explode import missing_answers, prefix_key
+from dflash_data.ingest.partitions import read_lines_of
+from dflash_data.ingest.stage import ingest
+from dflash_data.logs.sources import LogPart, plan_parts, read_part
+from dflash_data.privacy.pseudonyms import KEY_FILE_NAME
+from dflash_data.sample_traffic.fleet import write_sample_traffic
 from dflash_train.config import DataConfig, RecipeConfig
 from dflash_train.records.conversation import SPLITS, Conversation, Turn, read_split
 from dflash_train.records.manifest import Manifest
@@ -138,8 +138,10 @@ def test_evaluation_prompts_are_written_beside_the_splits(finished: tuple[Recipe
 @pytest.fixture
 def many_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Divide small logs into many parts and buckets."""
-    monkeypatch.setattr(dflash_data.ingest, "plan_parts", partial(plan_parts, part_bytes=20_000))
-    monkeypatch.setattr(dflash_data.ingest_plan, "BUCKET_BYTES", 20_000)
+    monkeypatch.setattr(
+        dflash_data.ingest.stage, "plan_parts", partial(plan_parts, part_bytes=20_000)
+    )
+    monkeypatch.setattr(dflash_data.ingest.plan, "BUCKET_BYTES", 20_000)
 
 
 @pytest.fixture
@@ -147,7 +149,7 @@ def stopped_before_decisions(monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*_: object) -> None:
         raise KeyError("power cut")
 
-    monkeypatch.setattr(dflash_data.ingest_steps, "decide", stop)
+    monkeypatch.setattr(dflash_data.ingest.steps, "decide", stop)
 
 
 def private_log(path: Path) -> None:
@@ -214,7 +216,7 @@ def test_no_content_is_printed_when_a_step_fails(
     log = tmp_path / "traffic.jsonl"
     log.write_bytes(b"\n".join(pair(n, f"Ask {PRIVATE[0]} of {n}") for n in range(20)))
     monkeypatch.setattr(
-        dflash_data.ingest_steps, "judge", lambda record, _: int(record.messages[0].content)
+        dflash_data.ingest.steps, "judge", lambda record, _: int(record.messages[0].content)
     )
     with pytest.raises(
         RuntimeError, match="ValueError; the error's own text is withheld"
@@ -283,7 +285,7 @@ def test_a_failed_task_costs_one_task(fleet: Path, tmp_path: Path, monkeypatch: 
                 raise OSError("the disk went away")
             yield from read_part(part)
 
-        monkeypatch.setattr(dflash_data.ingest_steps, "read_part", read)
+        monkeypatch.setattr(dflash_data.ingest.steps, "read_part", read)
         if failing is None:
             run(config, fleet)
         else:

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dflash_data import log_lines
 from dflash_data.adapters.log_format import Line
 from dflash_data.drops import Drop
-from dflash_data.log_bytes import zstd
-from dflash_data.log_lines import read_lines
+from dflash_data.logs import lines as log_lines
+from dflash_data.logs.compression import zstd
+from dflash_data.logs.lines import read_lines
 
 
 def pair(number: int) -> dict[str, Any]:

@@ -11,9 +11,9 @@ import orjson
 import pytest
 from fsspec.core import url_to_fs
 
-from dflash_data.log_bytes import zstd
-from dflash_data.log_listing import find_log_files
-from dflash_data.sources import plan_parts
+from dflash_data.logs.compression import zstd
+from dflash_data.logs.listing import find_log_files
+from dflash_data.logs.sources import plan_parts
 
 
 def pair(number: int) -> dict[str, Any]:
@@ -114,7 +114,7 @@ def test_other_kinds_of_files_are_refused_with_a_remedy(
 def test_large_json_document_is_refused_with_the_command_that_makes_lines(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("dflash_data.log_sniffing.MAX_DOCUMENT_BYTES", 1000)
+    monkeypatch.setattr("dflash_data.logs.sniffing.MAX_DOCUMENT_BYTES", 1000)
     write(tmp_path / "calls.json", json.dumps([pair(0)] * 9, indent=1).encode())
     with pytest.raises(ValueError, match="jq -c"):
         plan_parts(str(tmp_path))

@@ -6,8 +6,8 @@ import orjson
 import pytest
 
 from dflash_data.adapters import FORMATS, detect_format
-from dflash_data.log_bytes import zstd
-from dflash_data.sources import plan_parts, read_part
+from dflash_data.logs.compression import zstd
+from dflash_data.logs.sources import plan_parts, read_part
 
 
 def pair(number: int) -> dict[str, Any]:

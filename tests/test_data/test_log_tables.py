@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from dflash_data.drops import Call
-from dflash_data.log_bytes import zstd
-from dflash_data.sources import parts_hash, plan_parts, read_part
+from dflash_data.logs.compression import zstd
+from dflash_data.logs.sources import parts_hash, plan_parts, read_part
 from dflash_train.records.conversation import Conversation
 
 
@@ -85,7 +85,7 @@ def test_unknown_configuration_or_split_names_the_key(dataset: Path, choice: str
 
 def test_reading_parquet_imports_no_torch(dataset: Path):
     code = (
-        "import sys; from dflash_data.sources import plan_parts, read_part\n"
+        "import sys; from dflash_data.logs.sources import plan_parts, read_part\n"
         f"calls = [c for p in plan_parts({str(dataset)!r}) for c in read_part(p)]\n"
         "assert len(calls) == 6 and not {'torch', 'transformers'} & set(sys.modules)"
     )

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from dflash_data.drops import DropReason
-from dflash_data.on_policy import PolicyReason, drop_reason, is_kept, judge
+from dflash_data.ingest.on_policy import PolicyReason, drop_reason, is_kept, judge
 from dflash_train.config import DataConfig, Regenerate, ServingSampling
 from dflash_train.records.conversation import Conversation, Turn
 

@@ -9,7 +9,7 @@ import pytest
 from dflash_data.adapters.log_format import Line
 from dflash_data.adapters.openai_batch import FORMAT
 from dflash_data.drops import Call, Drop
-from dflash_data.sources import plan_parts, read_part
+from dflash_data.logs.sources import plan_parts, read_part
 from dflash_train.records.conversation import Conversation, Turn
 
 

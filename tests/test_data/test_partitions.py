@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from dflash_data import partitions
-from dflash_data.partitions import PartitionWriter, index_path, read_lines_of
+from dflash_data.ingest import partitions
+from dflash_data.ingest.partitions import PartitionWriter, index_path, read_lines_of
 
 
 def test_each_bucket_gets_its_lines_in_order_from_all_files(

@@ -1,8 +1,8 @@
 import pickle
 
-from dflash_data.pseudonyms import MarkedText, Pseudonyms
-from dflash_data.scrub import scrub_call
-from dflash_data.text_cache import ENTRY_CHARACTERS, TextCache
+from dflash_data.privacy.pseudonyms import MarkedText, Pseudonyms
+from dflash_data.privacy.scrub import scrub_call
+from dflash_data.privacy.text_cache import ENTRY_CHARACTERS, TextCache
 from dflash_train.records.conversation import Conversation, Turn
 
 KEY = b"a key of the tests, 32 bytes long"

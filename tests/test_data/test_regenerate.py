@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dflash_data.regenerate import regenerate
+from dflash_data.regenerate.stage import regenerate
 from dflash_train.config import FeaturesDtype, RecipeConfig, ServingSampling
 from dflash_train.features.store import read_index
 from dflash_train.features.target import GeneratedRow, Target

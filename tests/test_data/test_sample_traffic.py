@@ -5,9 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from dflash_data.sample_library import read_library
-from dflash_data.sample_tenants import TENANTS
-from dflash_data.sample_traffic import DAY_S, EPOCH, NUM_DAYS, play_fleet, write_sample_traffic
+from dflash_data.sample_traffic.fleet import (
+    DAY_S,
+    EPOCH,
+    NUM_DAYS,
+    play_fleet,
+    write_sample_traffic,
+)
+from dflash_data.sample_traffic.library import read_library
+from dflash_data.sample_traffic.tenants import TENANTS
 
 DIRT = ("malformed", "truncated", "failed", "repeated")
 

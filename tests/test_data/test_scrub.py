@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dflash_data import marks
-from dflash_data.detectors import Finding, find_private
-from dflash_data.detectors.detector import Family
-from dflash_data.pseudonyms import Pseudonyms
-from dflash_data.scrub import (
+from dflash_data.privacy import marks
+from dflash_data.privacy.detectors import Finding, find_private
+from dflash_data.privacy.detectors.detector import Family
+from dflash_data.privacy.pseudonyms import Pseudonyms
+from dflash_data.privacy.scrub import (
     has_secret_in_answer,
     name_placeholders,
     rescrub_answer,

@@ -11,9 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from dflash_data.drops import Call, Drop
-from dflash_data.log_bytes import zstd
-from dflash_data.log_lines import MAX_LINE_BYTES
-from dflash_data.sources import parts_hash, plan_parts, read_part
+from dflash_data.logs.compression import zstd
+from dflash_data.logs.lines import MAX_LINE_BYTES
+from dflash_data.logs.sources import parts_hash, plan_parts, read_part
 from dflash_train.records.conversation import Conversation
 
 

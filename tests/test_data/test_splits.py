@@ -3,8 +3,8 @@ from collections import defaultdict
 import pytest
 
 from dflash_data.drops import DropReason
-from dflash_data.explode import explode, instant
-from dflash_data.splits import assign_splits, time_cuts
+from dflash_data.ingest.explode import explode, instant
+from dflash_data.ingest.splits import assign_splits, time_cuts
 from dflash_train.config import DataConfig
 from dflash_train.records.conversation import Conversation, Turn
 

@@ -4,8 +4,8 @@ from pathlib import Path
 import orjson
 import pytest
 
-from dflash_data.collect import collect
-from dflash_data.regenerate import regenerate
+from dflash_data.collect.stage import collect
+from dflash_data.regenerate.stage import regenerate
 from dflash_data.token_answers import (
     TokenAnswer,
     answered_record,

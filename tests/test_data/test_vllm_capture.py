@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dflash_data.vllm_capture.capture import DRIVER, LOG_NAME, VllmEngine, capture_features
+from dflash_data.collect.vllm_capture.capture import DRIVER, LOG_NAME, VllmEngine, capture_features
 from dflash_train.config import UnavailableError
 from dflash_train.features.target_weights import TargetLocation
 from dflash_train.testing import save_tiny_target

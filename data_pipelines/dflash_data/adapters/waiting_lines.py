@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import BinaryIO
 
 from dflash_data.adapters.log_format import Line
-from dflash_data.log_bytes import BYTE_ORDER_MARK, open_raw, zstd
+from dflash_data.logs.compression import BYTE_ORDER_MARK, open_raw, zstd
 
 AMBIGUOUS = -1
 """Stands for the lines of an id that came more than once."""

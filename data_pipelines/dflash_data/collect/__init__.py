@@ -1,0 +1,1 @@
+"""The stage `collect`: from answered conversations to target features."""

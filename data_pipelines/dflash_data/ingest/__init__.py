@@ -1,0 +1,1 @@
+"""The stage `ingest`: from log lines to scrubbed conversations in three splits."""

@@ -1,0 +1,1 @@
+"""Where logs are and how their lines are read: files, folders, buckets, tables."""

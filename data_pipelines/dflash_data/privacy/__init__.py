@@ -1,0 +1,1 @@
+"""What is private in a record, and what stands in its place."""

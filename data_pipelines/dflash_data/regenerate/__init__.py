@@ -1,0 +1,1 @@
+"""The stage `regenerate`: the target answers what it did not write."""

@@ -1,0 +1,181 @@
+"""The target answers in this process; its features are kept from the passes that wrote the answers.
+
+Each batch leaves one feature shard and then, as its mark of completion, its records, so a batch cut
+short is done again whole and a killed run ends with the same bytes. Rows whose answer had to be
+redacted stand in no shard: their tokens are not what the target wrote. `collect` runs them through
+the target with the placeholders masked.
+"""
+
+import sys
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import orjson
+import torch
+from tqdm import tqdm
+
+from dflash_data.collect.feature_rows import feature_row, has_exact_ids, index_line
+from dflash_data.drops import DropReason
+from dflash_data.privacy.pseudonyms import load_pseudonyms
+from dflash_data.regenerate.answers import (
+    Answer,
+    Answers,
+    Histories,
+    answer_seed,
+    answer_text,
+    finish_record,
+)
+from dflash_data.regenerate.plan import Group, Plan
+from dflash_train.config import RecipeConfig
+from dflash_train.features.sampling import RowSampler, is_plain_greedy
+from dflash_train.features.store import IndexLine, write_index
+from dflash_train.features.store import write_shard as write_feature_shard
+from dflash_train.features.target import GeneratedRow, Target
+from dflash_train.records.chat_template import UnstableBoundaryError, render_request
+from dflash_train.records.conversation import Conversation, Turn, read_shard, write_shard
+from dflash_train.records.manifest import write_bytes
+
+
+@dataclass
+class GeneratedAnswers:
+    """Works through a plan batch by batch, in one folder."""
+
+    config: RecipeConfig
+    target: Target
+    folder: Path
+
+    def __post_init__(self) -> None:
+        self._pseudonyms = load_pseudonyms(self.config)
+
+    def answer(
+        self, plan: Plan, open_records: dict[str, Conversation], histories: Histories
+    ) -> Answers:
+        """Answer all records of a plan; batches finished by an earlier run are read back."""
+        answers = Answers()
+        num_rows = sum(len(group.ids) for group in plan.groups)
+        with tqdm(total=num_rows, desc="regenerate", unit="row", file=sys.stderr) as progress:
+            for number, group in enumerate(plan.groups):
+                if not self._is_done(number, group):
+                    filled = {
+                        i: histories.fill(open_records[i], answers.records) for i in group.ids
+                    }
+                    self._answer_batch(number, group, filled)
+                batch = self._read_back(number)
+                answers.records |= batch.records
+                answers.dropped |= batch.dropped
+                progress.update(len(group.ids))
+        return answers
+
+    def write_indexes(self, plan: Plan, answers: Answers) -> None:
+        """Write the index of each split's feature shards."""
+        lines: dict[str, list[IndexLine]] = defaultdict(list)
+        for number, group in enumerate(plan.groups):
+            shard = self._shard_path(number, group).name
+            kept = [answers.records[i] for i in group.ids if i in answers.records]
+            for row, record in enumerate(record for record in kept if has_exact_ids(record)):
+                line = index_line(record, self.config.data, shard=shard, row=row)
+                lines[group.split].append(line)
+        for split, split_lines in lines.items():
+            write_index(self.folder / "features" / split, split_lines)
+
+    def _answer_batch(
+        self, number: int, group: Group, filled: dict[str, Conversation | None]
+    ) -> None:
+        """Answer records together; write features and teacher of the passes that did, records."""
+        prompts, dropped = self._render(filled)
+        asked = [record for i, record in filled.items() if record is not None and i in prompts]
+        rows = self._generate(asked, list(prompts.values())) if asked else []
+        records: list[Conversation] = []
+        feature_rows = []
+        for record, row in zip(asked, rows, strict=True):
+            outcome = self._finish(record, prompts[record.id], row)
+            if isinstance(outcome, DropReason):
+                dropped[record.id] = outcome
+                continue
+            records.append(outcome)
+            if has_exact_ids(outcome):
+                data = self.config.data
+                feature_rows.append(feature_row(outcome, row.features, data, teacher=row.teacher))
+        if feature_rows:
+            write_feature_shard(
+                self._shard_path(number, group),
+                feature_rows,
+                dtype=getattr(torch, self.config.data.features_dtype.value),
+                num_taps=len(self.target.target_layer_ids),
+            )
+        if dropped:
+            reasons = {record_id: reason.value for record_id, reason in dropped.items()}
+            write_bytes(self._drops_path(number), orjson.dumps(reasons))
+        write_shard(self._records_path(number), records)  # last: it says that the batch is done
+
+    def _render(
+        self, filled: dict[str, Conversation | None]
+    ) -> tuple[dict[str, list[int]], dict[str, DropReason]]:
+        """Give the prompts of the records that can be asked, and why the others cannot."""
+        prompts: dict[str, list[int]] = {}
+        dropped: dict[str, DropReason] = {}
+        for record_id, record in filled.items():
+            if record is None:
+                dropped[record_id] = DropReason.content_missing
+                continue
+            try:
+                prompts[record_id] = render_request(self.target.tokenizer, record)
+            except UnstableBoundaryError:
+                dropped[record_id] = DropReason.unstable_boundary
+        return prompts, dropped
+
+    def _generate(self, asked: list[Conversation], prompts: list[list[int]]) -> list[GeneratedRow]:
+        data = self.config.data
+        samplers = None
+        if not is_plain_greedy(data.serving_sampling):
+            seeds = [answer_seed(self.config.seed, record.id) for record in asked]
+            samplers = [
+                RowSampler(prompt, data.serving_sampling, seed=seed)
+                for prompt, seed in zip(prompts, seeds, strict=True)
+            ]
+        return self.target.generate_batch(
+            prompts,
+            max_new_tokens=data.max_new_tokens,
+            teacher_top_k=data.teacher_top_k,
+            samplers=samplers,
+        )
+
+    def _finish(
+        self, asked: Conversation, prompt_ids: list[int], row: GeneratedRow
+    ) -> Conversation | DropReason:
+        text = answer_text(row.output_ids, self.target)
+        usage = {"prompt_tokens": len(prompt_ids), "completion_tokens": len(row.output_ids)}
+        answer = Answer(
+            turn=Turn(role="assistant", content=text),
+            finish_reason=row.finish_reason,
+            prompt_ids=prompt_ids,
+            output_ids=row.output_ids,
+            usage=usage,
+        )
+        return finish_record(asked, answer, target=self.target, pseudonyms=self._pseudonyms)
+
+    def _is_done(self, number: int, group: Group) -> bool:
+        """Say whether an earlier run has finished a batch and nothing of it is missing."""
+        if not self._records_path(number).exists():
+            return False
+        batch = self._read_back(number)
+        needs_shard = any(has_exact_ids(record) for record in batch.records.values())
+        has_shard = self._shard_path(number, group).exists() or not needs_shard
+        return has_shard and len(batch.records) + len(batch.dropped) == len(group.ids)
+
+    def _read_back(self, number: int) -> Answers:
+        records = {record.id: record for record in read_shard(self._records_path(number))}
+        path = self._drops_path(number)
+        reasons = orjson.loads(path.read_bytes()) if path.exists() else {}
+        dropped = {record_id: DropReason(reason) for record_id, reason in reasons.items()}
+        return Answers(records=records, dropped=dropped)
+
+    def _records_path(self, number: int) -> Path:
+        return self.folder / "batches" / f"{number:05d}.jsonl.gz"
+
+    def _drops_path(self, number: int) -> Path:
+        return self.folder / "batches" / f"{number:05d}-dropped.json"
+
+    def _shard_path(self, number: int, group: Group) -> Path:
+        return self.folder / "features" / group.split / f"batch-{number:05d}.safetensors"

@@ -1,0 +1,1 @@
+"""A seeded fleet of clients, whose log stands in for production traffic."""
