@@ -10,7 +10,7 @@ TEST_ENV := HF_HUB_OFFLINE=1
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test quick check soak mutants official-check drafter \
-  bench-train bench-growth clean
+  bench-train bench-growth bench-ingest clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -47,6 +47,9 @@ bench-train: $(VENV)/.stamp-rivals  ## one optimiser step beside three rivals, o
 
 bench-growth: $(VENV)/.stamp-dev  ## time and memory of a step against T, A and V
 	$(BIN)/python -m benchmarks.bench_growth
+
+bench-ingest: $(VENV)/.stamp-dev  ## a million logged calls through ingest, on an idle machine
+	$(BIN)/python -m benchmarks.bench_ingest
 
 clean:  ## remove .venv and what tools leave behind; keeps runs/
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

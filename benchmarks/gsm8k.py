@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from dflash_train.cli import exit_code
 from dflash_train.config import RecipeConfig, compose, require, to_plain
-from dflash_train.features.target_weights import dflash_home
+from dflash_train.features.target_folder import dflash_home
 from dflash_train.records.manifest import (
     FileEntry,
     Manifest,

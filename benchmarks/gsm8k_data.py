@@ -25,7 +25,7 @@ from dflash_data.token_answers import (
 )
 from dflash_train.config import DrafterSettings, RecipeConfig, require, to_plain
 from dflash_train.features.target import Target
-from dflash_train.features.target_weights import dflash_home
+from dflash_train.features.target_folder import dflash_home
 from dflash_train.records.conversation import Conversation, read_split
 from dflash_train.records.manifest import Manifest, content_hash, file_hash
 from dflash_train.records.provenance import code_version, command_line, package_versions

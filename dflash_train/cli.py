@@ -77,7 +77,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--print-recipe", action="store_true", help="print the recipe and stop")
     parser.add_argument("--force", action="store_true", help="do finished stages again")
     parser.add_argument(
-        "--dry-run", action="store_true", help="collect: print tokens, disk, memory, time; stop"
+        "--dry-run",
+        action="store_true",
+        help="ingest, regenerate, collect: print calls or tokens, disk, time; stop",
     )
     return parser
 
@@ -108,8 +110,16 @@ def _run_verb(parsed: argparse.Namespace) -> int:
 
 def _estimate(verb: str, config: RecipeConfig) -> int:
     """Print what a stage would take."""
-    require(verb == "collect", f"--dry-run is for `collect`, not for `{verb}`. Leave it out.")
-    for line in stages.estimate_collection(config):
+    estimates = {
+        "ingest": stages.estimate_ingest,
+        "regenerate": stages.estimate_regeneration,
+        "collect": stages.estimate_collection,
+    }
+    require(
+        verb in estimates,
+        f"--dry-run is for {', '.join(estimates)}, not for `{verb}`. Leave it out.",
+    )
+    for line in estimates[verb](config):
         print(line)
     return 0
 

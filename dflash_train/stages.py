@@ -27,8 +27,9 @@ from dflash_train.drafter.model import Drafter
 from dflash_train.features.store import FeatureStore
 from dflash_train.features.target import Target, load_target
 from dflash_train.features.target_loading import load_target_config
-from dflash_train.features.target_text import load_target_text
+from dflash_train.features.target_text import WrittenTarget, load_target_text
 from dflash_train.features.target_weights import locate_target
+from dflash_train.records.conversation import Conversation
 from dflash_train.records.manifest import (
     FILE_NAME,
     FileEntry,
@@ -118,25 +119,33 @@ def _sample_traffic(workshop: Workshop, manifest: Manifest) -> None:
 
 def _ingest(workshop: Workshop, manifest: Manifest) -> None:
     from dflash_data.ingest.stage import ingest
-    from dflash_inference.eval_sets import load_eval_set
 
     config = workshop.config
-    evaluation = {
+    evaluation = _evaluation_prompts(config)
+    ingest(config, log_path(config), evaluation=evaluation, manifest=manifest)
+
+
+def _evaluation_prompts(config: RecipeConfig) -> dict[str, list[Conversation]]:
+    from dflash_inference.eval_sets import load_eval_set
+
+    return {
         name: load_eval_set(name, num_prompts=config.evaluate.prompts_per_set)
         for name in config.evaluate.eval_sets
     }
-    ingest(config, log_path(config), evaluation=evaluation, manifest=manifest)
 
 
 def _regenerate(workshop: Workshop, manifest: Manifest) -> None:
     from dflash_data.regenerate.stage import regenerate
 
+    regenerate(workshop.config, target=_answering_target(workshop), manifest=manifest)
+
+
+def _answering_target(workshop: Workshop) -> WrittenTarget:
+    """Give the loaded target; where servers answer, its tokenizer is enough."""
     config = workshop.config
     if config.data.endpoints.urls:
-        target = load_target_text(config.target, workshop.drafter_config.target_layer_ids)
-    else:
-        target = workshop.target
-    regenerate(config, target=target, manifest=manifest)
+        return load_target_text(config.target, workshop.drafter_config.target_layer_ids)
+    return workshop.target
 
 
 def _collect(workshop: Workshop, manifest: Manifest) -> None:
@@ -192,10 +201,14 @@ def _report(workshop: Workshop, manifest: Manifest) -> None:
 def _log_inputs(workshop: Workshop) -> dict[str, str]:
     if workshop.config.data.logs is None:
         return {}
+    from dflash_data.ingest.plan import tokenizer_of
     from dflash_data.logs.sources import parts_hash, plan_parts
 
-    data = workshop.config.data
-    return {"logs": parts_hash(plan_parts(log_path(workshop.config), format=data.format))}
+    parts = plan_parts(log_path(workshop.config), format=workshop.config.data.format)
+    # What decodes token ids that stand in place of text decides which calls can be kept.
+    tokenizer = tokenizer_of(workshop.config, parts)
+    found = {} if tokenizer is None else {"tokenizer": file_hash(tokenizer)}
+    return {"logs": parts_hash(parts)} | found
 
 
 def _target_input(workshop: Workshop) -> dict[str, str]:
@@ -340,6 +353,37 @@ def play_fleet(out: Path, *, seed: int, num_requests: int) -> dict[str, int]:
     from dflash_data.sample_traffic.fleet import write_sample_traffic
 
     return write_sample_traffic(out, seed=seed, num_requests=num_requests)
+
+
+def estimate_ingest(config: RecipeConfig) -> Iterator[str]:
+    """Yield what `ingest` would take, as lines to print, then check that the disk would hold it.
+
+    Raises:
+        ValueError: There is no log, or it is refused.
+        UnavailableError: The disk would not hold the conversations.
+    """
+    from dflash_data.ingest.estimate import check_disk, estimate_ingest
+
+    evaluation = _evaluation_prompts(config)
+    estimate = estimate_ingest(config, log_path(config), evaluation=evaluation)
+    yield from estimate.lines()
+    check_disk(estimate, config)
+
+
+def estimate_regeneration(config: RecipeConfig) -> Iterator[str]:
+    """Yield what `regenerate` would take, as lines to print, then check the disk.
+
+    Raises:
+        ValueError: `ingest` has not run.
+        UnavailableError: The disk would not hold the features.
+    """
+    from dflash_data.collect.stage import check_disk
+    from dflash_data.regenerate.estimate import estimate_regeneration
+
+    _upstream(config, "ingest")
+    estimate = estimate_regeneration(config, target=_answering_target(Workshop(config)))
+    yield from estimate.lines()
+    check_disk(estimate.disk_bytes or 0, config.run_dir)
 
 
 def estimate_collection(config: RecipeConfig) -> Iterator[str]:

@@ -14,18 +14,22 @@ Three things are added to datatrove's executors:
 """
 
 import contextlib
+import copy
 import logging
+import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
+import threading
 import types
 from collections import Counter, deque
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
-import multiprocess
 import orjson
 
 os.environ["LOGURU_DIAGNOSE"] = "NO"  # read once, when datatrove imports loguru
@@ -130,7 +134,7 @@ def _steps(phase: Phase, folder: Path) -> list[PipelineStep]:
 
 def _run_locally(phase: Phase, folder: Path, config: ExecutorConfig) -> None:
     workers = min(phase.num_tasks, config.workers or os.cpu_count() or 1)
-    executor = LocalPipelineExecutor(
+    executor = _LocalExecutor(
         list(_steps(phase, folder)),
         tasks=phase.num_tasks,
         workers=workers,
@@ -139,10 +143,64 @@ def _run_locally(phase: Phase, folder: Path, config: ExecutorConfig) -> None:
     # Worker processes are forked from one that has imported the steps: they start at once and
     # share its memory.
     modules = sorted({type(step).__module__ for step in phase.steps})
-    # multiprocess makes its names when it is imported, so pyright does not see them.
-    multiprocess.set_forkserver_preload(modules)  # pyright: ignore[reportAttributeAccessIssue]
+    multiprocessing.set_forkserver_preload(modules)
     with _hidden_program():
         executor.run()
+
+
+class _LocalExecutor(LocalPipelineExecutor):
+    """datatrove's executor with worker processes that end when this one does, however it ends.
+
+    Its own `run` starts a manager process that a killed program leaves behind for ever, and waits
+    for ever for a worker that the kernel has killed.
+    """
+
+    def run(self) -> None:
+        """Run the tasks that are not marked as completed.
+
+        Raises:
+            RuntimeError: A worker process was killed.
+        """
+        ranks = self.get_incomplete_ranks()
+        if not ranks:
+            return
+        self.save_executor_as_json()
+        if self.workers == 1:
+            for rank in ranks:
+                _run_task(copy.deepcopy(self), rank)
+            return
+        pool = ProcessPoolExecutor(
+            min(self.workers, len(ranks)),
+            mp_context=multiprocessing.get_context("forkserver"),
+            initializer=_end_with_the_program,
+        )
+        try:
+            for task in [pool.submit(_run_task, self, rank) for rank in ranks]:
+                task.result()
+        except BrokenProcessPool as error:
+            raise RuntimeError(
+                "a worker process was killed, by the kernel if memory ran out. Run the command "
+                "again to go on, with a smaller executor.workers."
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _run_task(executor: LocalPipelineExecutor, rank: int) -> None:
+    """Run one task; its counts come back through the file that it leaves."""
+    executor._run_for_rank(rank)
+
+
+def _end_with_the_program() -> None:
+    """End this worker process when the program that started it is gone, even by a kill."""
+    program = multiprocessing.parent_process()
+    assert program is not None, "only workers call this"
+
+    def wait() -> None:
+        program.join()
+        os._exit(1)  # what it was writing is a partial file, which nobody reads
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 @contextlib.contextmanager

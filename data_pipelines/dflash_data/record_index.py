@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
+from msgspec.structs import asdict
 
 from dflash_train.records.conversation import read_shard
 from dflash_train.records.manifest import atomic_path
@@ -47,7 +48,7 @@ def index_line(record: Mapping[str, Any], *, shard: str, row: int) -> dict[str, 
 def write_record_index(folder: Path) -> Path:
     """Index every record shard of a folder, in name order, and give the index's path."""
     lines = (
-        index_line(vars(record), shard=path.name, row=row)
+        index_line(asdict(record), shard=path.name, row=row)
         for path in sorted(folder.glob("*.jsonl.gz"))
         for row, record in enumerate(read_shard(path))
     )

@@ -12,12 +12,13 @@ must be the stored token nearly everywhere. `benchmarks/gsm8k.py` runs this.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import orjson
 import torch
+from msgspec.structs import replace
 
 from dflash_data.record_index import write_record_index
 from dflash_train.config import require

@@ -164,16 +164,18 @@ class DataConfig:
     """From log files to rows of token ids and target features."""
 
     logs: str | None = None
-    """Log file, folder or glob; None plays the simulated fleet of `data.sample`."""
+    """Log file, folder, glob, address (s3://, gs://, hf://) or hub dataset (hub:ID); None plays the
+    simulated fleet of `data.sample`."""
     sample: SampleTrafficConfig = field(default_factory=SampleTrafficConfig)
     """The simulated fleet."""
     hmac_key_file: str | None = None
-    """File with the key that hides sessions and tenants; None reads DFLASH_HMAC_KEY, else makes a
-    random key for this run folder."""
+    """File with the secret key of the hashes that stand for sessions and tenants, 16 bytes or more;
+    None reads the environment variable DFLASH_HMAC_KEY, else makes a key for this run folder."""
     format: str | None = None
-    """Name of the log's format; None finds it from the content of each file."""
+    """Format of every file, such as openai or litellm; None tells that of each by its content."""
     excluded_tenants: list[str] = field(default_factory=list)
-    """Customers, named as in the log, whose calls are never used. No output holds these names."""
+    """Customers who opted out, named as in the log: their calls are dropped as `excluded_tenant`
+    before anything else. No output holds these names."""
     max_age_days: int | None = None
     """Calls older than this, counted back from `data.retention_date`, and calls without a time
     are dropped as `expired`; None keeps all."""
@@ -181,39 +183,44 @@ class DataConfig:
     """The day from which ages count, such as 2026-10-31, not the day of the run: the same recipe
     gives the same data on any day."""
     max_answers_per_prefix: int = 4
-    """Different answers of the target itself kept for one prompt; later ones are duplicates."""
+    """Different answers of the target kept for one prompt in train, and in validation; later ones
+    are dropped as `duplicate`."""
     max_per_cluster: int = 8
-    """Near-duplicates kept of each cluster in train, and in validation; the others add to the
-    weight of one that stays."""
+    """Near-duplicates (similar in last question and answer) kept of each cluster in train, and in
+    validation; the others are dropped as `cluster_cap` and add to the weight of one that stays."""
     validation_days: float | None = None
-    """Days before the test window that choose the best checkpoint; overrides
-    `validation_share`."""
+    """Length in days of the window before the test window, whose sessions choose the best
+    checkpoint; None takes `validation_share`."""
     test_days: float | None = None
-    """Newest days held out for the report; overrides `test_share`."""
+    """Length in days of the newest window, held out for the report; None takes `test_share`."""
     validation_share: float = 0.10
     """Share of the time range, before the test window, whose sessions choose the best
     checkpoint."""
     test_share: float = 0.18
     """Share of the time range, the newest, that is held out for the report."""
     max_drop_share: float = 0.5
-    """A run that drops more than this share of records for one reason stops and names it."""
+    """A stage that drops more than this share of its calls for one reason stops and names it."""
     max_prompt_tokens: int = 1024
-    """Longer prompts are dropped as `too_long`."""
+    """Tokens of the longest prompt, history included; longer ones are dropped as `too_long`."""
     max_new_tokens: int = 64
-    """Budget of one regenerated answer, in tokens."""
+    """Longest answer that the target writes in `regenerate`, in tokens; a longer one is cut."""
     batch_size: int = 64
-    """Rows that the target processes at once."""
+    """Rows that the target processes at once in `regenerate` and `collect`; servers batch for
+    themselves."""
     endpoints: EndpointsConfig = field(default_factory=EndpointsConfig)
-    """Servers that answer in the target's place."""
+    """Servers of the target that write its answers in `regenerate`, in place of this process."""
     target_aliases: list[str] = field(default_factory=list)
-    """Names under which the target is logged, in full: NAME for any of its revisions, or
-    NAME@REVISION for one; for a LoRA target the adapter's name. Empty: no logged answer is its."""
+    """Names under which the log knows the target, in full: NAME for any of its revisions, or
+    NAME@REVISION for one; where a LoRA adapter answered, its name counts. Empty: no logged answer
+    is the target's, all are written again."""
     target_valid_from: str | None = None
-    """First moment at which those names meant these weights, RFC 3339, UTC unless it says else."""
+    """First moment at which those names meant these weights, such as 2026-10-01T00:00:00Z (UTC
+    unless it says else); None: they always did."""
     target_valid_until: str | None = None
-    """First moment at which they no longer did; None: they still do."""
+    """First moment at which those names meant other weights; None: they still mean these."""
     serving_sampling: ServingSampling = field(default_factory=ServingSampling)
-    """How the target is sampled in production."""
+    """How the target is sampled in production: logged answers are compared with it, and
+    `regenerate` samples like it."""
     trust_unknown_sampling: bool = False
     """Take sampling settings that the log does not show for the serving ones. A setting that a
     client leaves out is the server's own default, which is often not the neutral one."""
@@ -222,7 +229,7 @@ class DataConfig:
     features_dtype: FeaturesDtype = FeaturesDtype.bfloat16
     """Number format of stored target features."""
     shard_bytes: int = 512 * 2**20
-    """Largest feature shard that `collect` writes, in bytes; a longer single row stands alone."""
+    """Largest feature shard that `collect` writes, in bytes; a row beyond that has its own."""
     teacher_top_k: int = 0
     """k, 0 .. V: keep the target's k most probable tokens at each answer token, for losses against
     its distribution, at 8 * k bytes per token; 0 keeps none."""

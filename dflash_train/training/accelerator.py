@@ -13,11 +13,24 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import (
+    Accelerator,
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+)
 
 from dflash_train.config import LaunchConfig, Precision
+
+PATIENCE = timedelta(days=1)
+"""How long a process waits for the others before it gives up.
+
+In `collect` the first process renders and plans the whole log while the others wait; torch's own
+10 or 30 minutes end such a run in the middle. A process that dies is not waited for: the launcher
+ends the others.
+"""
 
 
 def build_accelerator(config: LaunchConfig) -> Accelerator:
@@ -30,7 +43,10 @@ def build_accelerator(config: LaunchConfig) -> Accelerator:
         # The schedule counts optimiser steps; accelerate would advance it once per process.
         step_scheduler_with_optimizer=False,
         # The drafter's only buffers are constants of RoPE.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False),
+            InitProcessGroupKwargs(timeout=PATIENCE),
+        ],
     )
 
 

@@ -24,6 +24,7 @@ from dflash_inference.statistics import (
 from dflash_inference.trace import TRAFFIC_SPLIT, DecodeTrace, read_traces
 from dflash_train.config import EvaluateConfig, RecipeConfig
 from dflash_train.features.store import INDEX_NAME, read_index
+from dflash_train.records.conversation import read_split
 from dflash_train.records.manifest import Manifest
 
 Findings = dict[str, Any]
@@ -51,7 +52,11 @@ def find(config: RecipeConfig) -> Findings:
     live_check = summarize_checks(checks)
     speed = measure_speed(read_traces(folder / "plain.jsonl"), read_traces(folder / "live.jsonl"))
     block = _block_shape(manifest, folder)
+    is_seen = read_seen(config.run_dir)
     slices = find_slices(traffic, lookup, foreign, config.evaluate, block)
+    for each in slices:
+        mine = [trace for trace in traffic if trace.group == each["tenant"]]
+        each["unseen"] = measure(only_unseen(mine, is_seen), config.evaluate, block)
     labels = {each["tenant"]: each["label"] for each in slices}
     labels |= {name: eval_set(name).title for name in config.evaluate.eval_sets}
     return {
@@ -64,6 +69,7 @@ def find(config: RecipeConfig) -> Findings:
         "machine": manifest.details["machine"],
         "prompt_lookup": compare(traffic, lookup, config.evaluate, block),
         "foreign_features": compare(traffic, foreign, config.evaluate, block),
+        "views": find_views(traffic, is_seen, config.evaluate, block),
         "slices": slices,
         "labels": labels,
         "eval_sets": {
@@ -113,6 +119,44 @@ def compare(
     return {
         "acceptance_length": found,
         "difference": _plain(difference) | {"verdict": difference.verdict},
+    }
+
+
+def read_seen(run_dir: Path) -> dict[str, bool]:
+    """Say of each held-out call of a run whether training held a near-duplicate of its session."""
+    records = read_split(run_dir / "conversations", TRAFFIC_SPLIT)
+    return {each.id: each.seen_in_train for each in records if each.seen_in_train is not None}
+
+
+def only_unseen(traces: list[DecodeTrace], is_seen: dict[str, bool]) -> list[DecodeTrace]:
+    """Give the traces of sessions that are known to have no near-duplicate in training."""
+    return [trace for trace in traces if is_seen.get(trace.id) is False]
+
+
+def find_views(
+    traffic: list[DecodeTrace],
+    is_seen: dict[str, bool],
+    config: EvaluateConfig,
+    block: BlockShape,
+) -> Findings:
+    """Give both views of held-out traffic: all calls, repetitions included, and what is new.
+
+    `unseen` holds the sessions without a near-duplicate in training; its `acceptance_length` is
+    None where there is none, or none with a verify step.
+    """
+    unseen = only_unseen(traffic, is_seen)
+    return {
+        "traffic": {
+            "answers": len(traffic),
+            "acceptance_length": measure(traffic, config, block),
+        },
+        "unseen": {
+            "answers": len(unseen),
+            "groups": len({trace.conversation for trace in unseen}),
+            "acceptance_length": measure(unseen, config, block),
+        },
+        "answers_seen": sum(is_seen.get(trace.id) is True for trace in traffic),
+        "answers_unknown": sum(trace.id not in is_seen for trace in traffic),
     }
 
 

@@ -70,6 +70,7 @@ def render(template: str, findings: Findings, pictures: dict[str, str] | None = 
 def write_sentences(findings: Findings) -> dict[str, str]:
     """Say in plain words what the figures mean, one sentence per question."""
     return {
+        "views": _views_sentence(findings["views"]),
         "prompt_lookup": _lookup_sentence(findings["prompt_lookup"]),
         "foreign_features": _foreign_sentence(findings["foreign_features"]),
         "live_check": _live_sentence(findings["live_check"]),
@@ -86,20 +87,36 @@ def summary_lines(config: RecipeConfig) -> list[str]:
     findings: Findings = orjson.loads(path.read_bytes())
     sentences = write_sentences(findings)
     headline = findings["acceptance_length"]
+    views = findings["views"]
     lines = [
         f"acceptance length {_show_estimate(headline)}, pooled, K = {headline['block_size']}, "
         f"by replay on {headline['num_requests']} held-out answers",
+        f"unseen traffic    {_show_found(views['unseen'])}: {sentences['views']}",
         f"prompt lookup     {_show_other(findings['prompt_lookup'])}: {sentences['prompt_lookup']}",
         f"other's features  {_show_other(findings['foreign_features'])}: "
         f"{sentences['foreign_features']}",
     ]
     for name, each in findings["eval_sets"].items():
-        found = each["acceptance_length"]
-        shown = "no verify step" if found is None else _show_estimate(found)
-        lines.append(f"{each['title']:<17} {shown}: {sentences[f'eval_{name}']}")
+        lines.append(f"{each['title']:<17} {_show_found(each)}: {sentences[f'eval_{name}']}")
     lines.append(f"live check        {sentences['live_check']}")
     lines.append(f"speed             {sentences['speed']}")
     return lines
+
+
+def _views_sentence(views: Findings) -> str:
+    """Say what the unseen view of held-out traffic is made of."""
+    unseen, num_answers = views["unseen"], views["traffic"]["answers"]
+    if views["answers_unknown"] == num_answers:
+        return "No unseen group: this run does not know which answers resemble its training."
+    seen = f"{views['answers_seen']} of {num_answers} answers resemble training"
+    unknown = f", of {views['answers_unknown']} it is not known" if views["answers_unknown"] else ""
+    if not unseen["answers"]:
+        return f"No unseen group: {seen}{unknown}."
+    few = "" if unseen["answers"] >= FEWEST_FOR_A_CLAIM else ", too few for a claim"
+    return (
+        f"{unseen['answers']} answers of {unseen['groups']} sessions without a near-duplicate in "
+        f"training{few}; {seen}{unknown}."
+    )
 
 
 def _lookup_sentence(compared: Findings | None) -> str:
@@ -191,6 +208,11 @@ def _show_count(value: Any) -> str:
 
 def _show_estimate(found: Findings) -> str:
     return f"{_show_mean(found['pooled'])} (95 % interval {_show_interval(found['interval'])})"
+
+
+def _show_found(view: Findings) -> str:
+    found = view["acceptance_length"]
+    return "no verify step" if found is None else _show_estimate(found)
 
 
 def _show_other(compared: Findings | None) -> str:

@@ -1,108 +1,189 @@
-"""Kill -9 a stage at random moments, start the run again, and compare the ends: `make soak`.
+"""Kill -9 a run at 20 random moments, start it again each time, compare the ends: `make soak`.
 
-Each stage runs in a process of its own on the tiny target, is killed three times while it works,
-and is then left to finish. The checkpoint must have the bytes of an undisturbed run.
+The whole pipeline runs on the tiny target, from a log of several parts and buckets that two workers
+ingest, to the traces. Each stage is killed four times: the whole process group or, at random, the
+program alone, whose workers then have to end by themselves. Every file that the stages vouch for
+must have the bytes of an undisturbed run.
 """
 
+import itertools
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
+import orjson
+import psutil
 import pytest
 
-from dflash_train.records.manifest import Manifest, file_hash
+from dflash_train.records.manifest import FILE_NAME, Manifest, file_hash
 
 pytestmark = pytest.mark.soak
 
 RUN = "tiny"
-SIZES = ["data.sample.requests=160", "training.max_steps=60", "data.max_new_tokens=48"]
-KILLS = 3
+SEED = 20
+STAGES = {  # name and output folder
+    "ingest": "conversations",
+    "regenerate": "regenerated",
+    "collect": "features",
+    "train": "checkpoint",
+    "evaluate": "traces",
+}
+KILLS_PER_STAGE = 4
+LEFT_OUT = "a customer who opted out"
+SIZES = [
+    "training.max_steps=60",
+    "data.max_new_tokens=48",
+    "executor.workers=2",
+    f"data.excluded_tenants=[{LEFT_OUT}]",
+]
+START_S, WHOLE_RUN_S, END_S = 120, 300, 10
+"""Longest waits: for a stage to begin, for a run to finish, for killed processes to be gone."""
 
 
 @pytest.fixture(scope="module")
-def overrides(tiny_overrides: list[str]) -> list[str]:
-    return [*tiny_overrides, *SIZES]
+def settings(tiny_overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The settings of both runs: one log, and one key, so that all pseudonyms are equal."""
+    folder = tmp_path_factory.mktemp("input")
+    key = folder / "hmac-key"
+    key.write_text("0123456789abcdef" * 4)
+    write_logs(folder / "logs")
+    return [*tiny_overrides, *SIZES, f"data.hmac_key_file={key}", f"data.logs={folder / 'logs'}"]
+
+
+def write_logs(folder: Path) -> None:
+    """Write a log of two parts (formats) and, by what a customer keeps out of it, of 3 buckets."""
+    folder.mkdir()
+    fleet = [sys.executable, "-m", "dflash_train", "sample-traffic", "requests=160"]
+    subprocess.run([*fleet, f"out={folder / 'fleet.jsonl'}"], check=True, capture_output=True)
+    question = [{"role": "user", "content": "much to read " * 80_000}]
+    call = {"request": {"user": LEFT_OUT, "messages": question}, "response": None}
+    with (folder / "fleet.jsonl").open("ab") as stream:
+        for number in range(36):
+            stream.write(orjson.dumps({"id": f"left-out-{number}"} | call) + b"\n")
+    with (folder / "public.jsonl").open("wb") as stream:
+        for number in range(40):
+            asked = {"from": "human", "value": f"What comes after {number}, and after that?"}
+            said = {"from": "gpt", "value": f"{number + 1}"}
+            line = {"id": f"public-{number}", "conversations": [asked, said]}
+            stream.write(orjson.dumps(line) + b"\n")
+
+
+@dataclass
+class Started:
+    """A run under way, in a session of its own, so that its processes can be told from others."""
+
+    process: "subprocess.Popen[bytes]"
+    said: Path
+
+    @classmethod
+    def begin(cls, runs: Path, settings: list[str]) -> "Started":
+        said = runs / "said.txt"
+        command = [sys.executable, "-m", "dflash_train", "run", f"runs_dir={runs}", *settings]
+        with said.open("wb") as stream:
+            process = subprocess.Popen(
+                command, stdout=subprocess.DEVNULL, stderr=stream, start_new_session=True
+            )
+        return cls(process, said)
+
+    def is_running(self) -> bool:
+        return self.process.poll() is None
+
+    def wait_for(self, stage: str) -> None:
+        """Return when a stage has begun to work, or the run has ended."""
+        end = time.monotonic() + START_S
+        while self.is_running() and f"{stage}: running".encode() not in self.said.read_bytes():
+            assert time.monotonic() < end, f"{stage} has not begun"
+            time.sleep(0.01)
+
+    def kill(self, *, alone: bool) -> None:
+        """Kill the program alone or with all it has started; nothing of it may live on."""
+        (os.kill if alone else os.killpg)(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        end = time.monotonic() + END_S
+        while survivors := list(self.survivors()):
+            assert time.monotonic() < end, f"still alive: {survivors}"
+            time.sleep(0.05)
+
+    def survivors(self) -> Iterator[str]:
+        """Yield the commands of living processes of this run."""
+        for process in psutil.process_iter():
+            try:
+                is_own = os.getsid(process.pid) == self.process.pid
+                if is_own and process.status() != psutil.STATUS_ZOMBIE:
+                    yield " ".join(process.cmdline())
+            except (ProcessLookupError, psutil.NoSuchProcess):
+                continue
+
+    def finish(self) -> None:
+        assert self.process.wait(WHOLE_RUN_S) == 0, self.said.read_text()[-3000:]
+
+
+@dataclass
+class Undisturbed:
+    """A run that nobody killed, and how long its stages took."""
+
+    folder: Path
+    seconds: dict[str, float]
 
 
 @pytest.fixture(scope="module")
-def hmac_key(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """One key for all runs, so that their pseudonyms, and with them all bytes, can be equal."""
-    path = tmp_path_factory.mktemp("key") / "hmac-key"
-    path.write_text("0123456789abcdef" * 4)
-    return f"data.hmac_key_file={path}"
-
-
-@pytest.fixture(scope="module")
-def undisturbed(
-    tmp_path_factory: pytest.TempPathFactory, overrides: list[str], hmac_key: str
-) -> Path:
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, settings: list[str]) -> Undisturbed:
     runs = tmp_path_factory.mktemp("undisturbed")
-    finish(runs, "run", [*overrides, hmac_key])
-    return runs
+    started = Started.begin(runs, settings)
+    begins: list[float] = []
+    for stage in (*STAGES, "report"):
+        started.wait_for(stage)
+        begins.append(time.monotonic())
+    started.finish()
+    lasted = [end - begin for begin, end in itertools.pairwise(begins)]
+    return Undisturbed(runs / RUN, dict(zip(STAGES, lasted, strict=True)))
 
 
-def start(runs: Path, verb: str, overrides: list[str]) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "dflash_train", verb, f"runs_dir={runs}", *overrides]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-
-def finish(runs: Path, verb: str, overrides: list[str]) -> None:
-    assert start(runs, verb, overrides).wait() == 0
-
-
-def kill_while_it_works(process: subprocess.Popen[bytes], folder: Path, delay_s: float) -> bool:
-    """Kill once the stage has begun to write and some more time has passed; say if it still ran."""
-    while process.poll() is None and not (folder / "stage.key").exists():
-        time.sleep(0.01)
-    time.sleep(delay_s)
-    was_running = process.poll() is None
-    if was_running:
-        os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    return was_running
-
-
-def bytes_of(folder: Path) -> dict[str, str]:
-    """Hash every file that a manifest of the folder vouches for."""
+def files_of(folder: Path) -> dict[str, str]:
+    """Hash every file that a manifest of the folder vouches for, and the manifest's own facts."""
     manifest = Manifest.read(folder)
     assert manifest is not None
-    return {entry.path: file_hash(folder / entry.path) for entry in manifest.outputs}
+    files = {entry.path: file_hash(folder / entry.path) for entry in manifest.outputs}
+    return files | {"": manifest.hash}
 
 
-@pytest.mark.parametrize(
-    ("stage", "folder", "before", "longest_s"),
-    [
-        ("regenerate", "regenerated", ["ingest"], 1.5),
-        ("collect", "features", ["ingest", "regenerate"], 0.05),
-        ("train", "checkpoint", ["ingest", "regenerate", "collect"], 1.5),
-    ],
-)
-def test_a_killed_stage_ends_with_the_same_checkpoint(
-    stage: str,
-    folder: str,
-    before: list[str],
-    longest_s: float,
-    undisturbed: Path,
-    tmp_path: Path,
-    overrides: list[str],
-    hmac_key: str,
+def is_complete(run: Path, stage: str) -> bool:
+    return (run / STAGES[stage] / FILE_NAME).exists()
+
+
+def unfinished_stage(run: Path) -> str:
+    """Name the stage that a kill has hit: the first without a manifest."""
+    return next((stage for stage in STAGES if not is_complete(run, stage)), "report")
+
+
+def test_a_run_killed_at_twenty_moments_ends_with_the_same_files(
+    undisturbed: Undisturbed, tmp_path: Path, settings: list[str]
 ) -> None:
-    settings = [*overrides, hmac_key]
-    log = undisturbed / RUN / "sample_traffic" / "traffic.jsonl"
-    moments = random.Random(stage)
-    settings_of_log = [*settings, f"data.logs={log}"]
-    for verb in before:
-        finish(tmp_path, verb, settings_of_log)
-    num_kills = 0
-    for _attempt in range(KILLS):
-        process = start(tmp_path, stage, settings_of_log)
-        delay_s = moments.uniform(0, longest_s)
-        num_kills += kill_while_it_works(process, tmp_path / RUN / folder, delay_s)
-    assert num_kills == KILLS, "the stage was faster than its kills: lower longest_s"
-    finish(tmp_path, "run", settings_of_log)
-    for name in ("regenerated", "checkpoint"):
-        assert bytes_of(tmp_path / RUN / name) == bytes_of(undisturbed / RUN / name)
+    moments = random.Random(SEED)
+    for stage in STAGES:
+        lasts = undisturbed.seconds[stage]
+        points = [0.0, *sorted(moments.uniform(0, lasts) for _ in range(KILLS_PER_STAGE))]
+        for before, point in itertools.pairwise(points):
+            if is_complete(tmp_path / RUN, stage):  # the kill before came too late for it
+                shutil.rmtree(tmp_path / RUN / STAGES[stage])
+            started = Started.begin(tmp_path, settings)
+            started.wait_for(stage)
+            time.sleep(point - before)  # what was done up to the kill before is not done again
+            assert started.is_running(), started.said.read_text()[-3000:]
+            alone = moments.random() < 0.5
+            started.kill(alone=alone)
+            hit, whom = unfinished_stage(tmp_path / RUN), "program" if alone else "process group"
+            print(f"seed {SEED}: {stage} + {point - before:.2f} s, {whom}, hit {hit}")
+    Started.begin(tmp_path, settings).finish()
+    for name in STAGES.values():
+        assert files_of(tmp_path / RUN / name) == files_of(undisturbed.folder / name), name
+    assert not (tmp_path / RUN / "ingest").exists(), "temporary partitions are left"
+    partial = [path for path in (tmp_path / RUN).rglob("*") if ".partial-" in str(path)]
+    assert not [path for path in partial if path.is_file()]

@@ -192,7 +192,7 @@ def test_what_a_user_gets_wrong_costs_one_sentence_and_leaves_nothing(
     wrong = {
         "optim.learning_rate=1": "learning_rate",
         f"data.logs={tmp_path / 'missing.jsonl'}": "missing.jsonl",
-        f"data.logs={empty}": "unparsable",
+        f"data.logs={empty}": "data.format",
         "drafter.target_layer_ids=[1,5]": "target_layer_ids",
         "drafter.mask_token_id=260": "mask_token_id",
         f"target.name_or_path={tmp_path / 'no-model'}": "target.name_or_path",

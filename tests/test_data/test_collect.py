@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from msgspec import structs
 
 from dflash_data.collect.estimate import plan_collection
 from dflash_data.collect.stage import collect
@@ -176,7 +177,9 @@ def test_collecting_a_teacher_changes_no_features(
 def test_text_without_ids_is_rendered_and_cut_at_the_stop_token(
     config: RecipeConfig, target: Target
 ) -> None:
-    logged = replace(ask("a0", "question", "answer"), on_policy=True, turn=0, finish_reason="stop")
+    logged = structs.replace(
+        ask("a0", "question", "answer"), on_policy=True, turn=0, finish_reason="stop"
+    )
     write_conversations(config, [logged])
     assert run_collect(config, lambda: target).counts is not None
     row = collected(config)["a0"]
@@ -192,12 +195,12 @@ def test_what_rendering_refuses_is_counted_by_its_reason(
     logged = replace(config, runs_dir=str(tmp_path / "logged"))
     records = [
         answered[0],
-        replace(answered[1], id="other-tokenizer", tokenizer="sha256:0"),
-        replace(answered[0], id="changed", output_token_ids=[*ids[:-1], ids[-1] ^ 1]),
-        replace(answered[0], id="short", output_token_ids=ids[:-1]),
-        replace(ask("empty", "question", ""), on_policy=True),
-        replace(ask("stops", "question", "an <|im_end|> inside"), on_policy=True),
-        replace(ask("long", "question" * 50, "answer"), on_policy=True),
+        structs.replace(answered[1], id="other-tokenizer", tokenizer="sha256:0"),
+        structs.replace(answered[0], id="changed", output_token_ids=[*ids[:-1], ids[-1] ^ 1]),
+        structs.replace(answered[0], id="short", output_token_ids=ids[:-1]),
+        structs.replace(ask("empty", "question", ""), on_policy=True),
+        structs.replace(ask("stops", "question", "an <|im_end|> inside"), on_policy=True),
+        structs.replace(ask("long", "question" * 50, "answer"), on_policy=True),
     ]
     write_conversations(logged, records)
     counts = run_collect(logged, lambda: target).counts
@@ -219,7 +222,7 @@ def sessions(config: RecipeConfig) -> RecipeConfig:
         texts = [f"ask {name}", f"{name} it is", f"and {name}?", "no", f"{name} again", "yes, so"]
         for turn in range(3):
             call = ask(f"{name}{turn}", *texts[: 2 * turn + 2])
-            records.append(replace(call, turn=turn, on_policy=True, finish_reason="stop"))
+            records.append(structs.replace(call, turn=turn, on_policy=True, finish_reason="stop"))
     write_conversations(config, records)
     return config
 
@@ -228,7 +231,7 @@ def alone(config: RecipeConfig, tmp_path: Path) -> RecipeConfig:
     """The same run, but no call knows its session."""
     other = replace(config, runs_dir=str(tmp_path / "alone"))
     records = read_split(config.run_dir / "conversations", "train")
-    write_conversations(other, [replace(record, session=None) for record in records])
+    write_conversations(other, [structs.replace(record, session=None) for record in records])
     return other
 
 
@@ -317,8 +320,10 @@ def many(config: RecipeConfig, answered: list[Conversation], tmp_path: Path) -> 
     """A run whose logged answers fill several small shards."""
     run = replace(config, runs_dir=str(tmp_path / "many"))
     run.data = replace(config.data, shard_bytes=40_000)
-    copies = [replace(record, id=f"{record.id}-{n}") for n in range(4) for record in answered]
-    write_conversations(run, [replace(record, session=None) for record in copies])
+    copies = [
+        structs.replace(record, id=f"{record.id}-{n}") for n in range(4) for record in answered
+    ]
+    write_conversations(run, [structs.replace(record, session=None) for record in copies])
     return run
 
 
@@ -459,7 +464,7 @@ def test_the_command_prints_the_estimate_and_collects_nothing(
     assert lines["disk"].endswith("81 a token")  # 2 taps of 32 bytes and a scale, id, mask
     assert not (many.run_dir / "features").exists()
     assert main(["train", "--dry-run", *overrides]) == 2
-    assert "--dry-run is for `collect`" in capsys.readouterr().err
+    assert "--dry-run is for ingest, regenerate, collect" in capsys.readouterr().err
 
 
 def test_what_regenerate_left_costs_nothing(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from dflash_data.collect.stage import collect
 from dflash_data.regenerate.answer_log import AnswerLog
@@ -316,9 +317,9 @@ def test_a_run_whose_servers_died_goes_on_where_it_stopped(
     stopped = served_by(config, dying, max_retries=1)
     with pytest.raises(UnavailableError, match=r"no server of data\.endpoints\.urls .* status 503"):
         run(stopped, target)
-    log = stopped.run_dir / "regenerated" / "answers.jsonl"
-    assert len(log.read_bytes().splitlines()) == 3
-    log.write_bytes(log.read_bytes()[:-5])  # a kill in the midst of a line
+    logs = sorted((stopped.run_dir / "regenerated" / "answers").iterdir())
+    assert sum(len(log.read_bytes().splitlines()) for log in logs) == 3
+    logs[0].write_bytes(logs[0].read_bytes()[:-5])  # a kill in the midst of a line
     revived = servers()
     run(served_by(config, revived), target)
     assert len(revived.asked) == 4
@@ -493,7 +494,7 @@ def test_chat_sends_messages_and_keeps_the_ids_that_come_back(
         Turn(role="assistant", tool_calls=[call]),
         Turn(role="tool", tool_call_id="t1", content="found"),
     ]
-    records = [*RECORDS, replace(ask("d0"), messages=turns)]
+    records = [*RECORDS, structs.replace(ask("d0"), messages=turns)]
     server = servers()
     served = served_by(config, server, api=EndpointApi.chat)
     assert counted(run(served, target, records)) == (7, 7, {})
@@ -590,12 +591,15 @@ def test_addresses_are_checked_and_a_login_is_not_repeated(url: str) -> None:
 
 
 def test_the_log_gives_back_whole_lines_of_the_same_prompt_only(tmp_path: Path) -> None:
-    with AnswerLog(tmp_path) as log:
-        log.add("a", [1], ask("a", "one", "two"))
-    (tmp_path / "answers.jsonl").open("ab").write(b'not json\n{"id": "b", "pro')
-    with AnswerLog(tmp_path) as log:
-        assert log.find("a", [1]) == ask("a", "one", "two")
-        assert log.find("a", [2]) is None
-        assert log.find("b", [1]) is None
-        log.put_in_order(["a"])
-    assert len((tmp_path / "answers.jsonl").read_bytes().splitlines()) == 1
+    path = tmp_path / "train-00000.jsonl"
+    log = AnswerLog(path)
+    log.add("a", [1], ask("a", "one", "two"))
+    log.close()
+    path.open("ab").write(b'not json\n{"id": "b", "pro')
+    log = AnswerLog(path)
+    assert log.find("a", [1]) == ask("a", "one", "two")
+    assert log.find("a", [2]) is None
+    assert log.find("b", [1]) is None
+    log.close()
+    log.put_in_order(["a"])
+    assert len(path.read_bytes().splitlines()) == 1

@@ -102,15 +102,16 @@ def test_slurm_runs_the_phases_one_after_another_and_the_second_command_ends_the
     tmp_path: Path, log: Path, cluster: Path
 ):
     config = recipe(tmp_path, ExecutorKind.slurm, slurm_partition="night")
-    with pytest.raises(UnavailableError, match=r"Slurm jobs 1, 3, 5, 7. Run this command again"):
+    with pytest.raises(UnavailableError, match=r"Slurm jobs 1, 3, 5, 7, 9. Run this"):
         conversations(config, log)
     submitted = (cluster / "submitted").read_text().splitlines()
     tasks = [line for line in submitted if "RUN_OFFSET" in line]
     after = [line.split("--dependency=")[1].split()[0] for line in tasks[1:]]
-    assert after == ["afterok:1", "afterok:3", "afterok:5"]  # between them counts are merged
+    # Between the phases counts are merged.
+    assert after == ["afterok:1", "afterok:3", "afterok:5", "afterok:7"]
     written = {path.name: path.read_bytes() for path in config.run_dir.rglob("*.pik")}
     scripts = [path.read_text() for path in config.run_dir.rglob("launch_script.slurm")]
-    assert len(scripts) == 4
+    assert len(scripts) == 5
     assert all("#SBATCH --partition=night" in script for script in scripts)
     for content in [*written.values(), *(path.read_bytes() for path in cluster.glob("out.*"))]:
         assert SECRET.encode() not in content
@@ -142,7 +143,7 @@ def test_scripts_for_slurm_can_be_read_without_a_cluster(tmp_path: Path, log: Pa
         slurm_environment="source /opt/env/bin/activate",
     )  # fmt: skip
     scripts = slurm_scripts(config, log, evaluation={})
-    assert list(scripts) == ["read", "chain", "decide", "write"]
+    assert list(scripts) == ["read", "spread", "chain", "decide", "write"]
     lines = [line.strip() for line in scripts["read"].splitlines()]
     for line in (
         "#SBATCH --mem-per-cpu=3G", "#SBATCH --time=01:00:00", "#SBATCH --array=0-0%8",

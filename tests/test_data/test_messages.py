@@ -8,18 +8,13 @@ from dflash_data.adapters.messages import (
     read_message,
     read_messages,
     read_sampling,
-    text_turn,
 )
 from dflash_data.drops import UnusableError
-from dflash_train.records.conversation import Turn
+from dflash_data.ingest.on_policy import judge
+from dflash_train.config import DataConfig
+from dflash_train.records.conversation import Conversation, Turn
 
 USER: dict[str, Any] = {"role": "user", "content": "Is bay 4 free?"}
-
-
-def test_fast_constructor_gives_what_the_slow_one_gives():
-    fast, slow = text_turn("user", "Hi"), Turn(role="user", content="Hi")
-    assert fast == slow
-    assert vars(fast) == vars(slow)
 
 
 def test_message_with_empty_keys_reads_like_one_without():
@@ -67,3 +62,35 @@ def test_settings_are_found_under_every_name_and_level():
         "top_k": 2,
         "enable_thinking": False,
     }
+
+
+@pytest.mark.parametrize("extra", [False, True])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("structured_outputs", {"json": {"type": "object"}}),
+        ("guided_json", {}),
+        ("guided_regex", "[0-9]+"),
+        ("guided_choice", ["yes", "no"]),
+        ("guided_grammar", "root ::= digit"),
+        ("guidedJson", "{}"),
+        ("ebnf", "root ::= digit"),
+    ],
+)
+def test_answers_under_a_grammar_are_constrained_by_whichever_name(
+    name: str, value: Any, extra: bool
+):
+    grammar = {name: value, "response_format": {"type": "text"}}
+    request = {"extra_body": grammar} if extra else grammar
+    assert read_sampling(request) == {"response_format": {"type": name}}
+    record = Conversation(
+        id="sha256:1", source="openai", model="small", sampling=read_sampling(request),
+        messages=[Turn(**USER), Turn(role="assistant", content="4")],
+    )  # fmt: skip
+    judge(record, DataConfig(target_aliases=["small"], trust_unknown_sampling=True))
+    assert (record.on_policy, record.on_policy_reason) == (False, "constrained")
+
+
+def test_a_grammar_that_is_switched_off_is_none():
+    off = {"guided_json": None, "guided_choice": False, "guided_whitespace_pattern": " "}
+    assert read_sampling(off) == {}

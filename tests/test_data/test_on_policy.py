@@ -1,7 +1,7 @@
-from dataclasses import replace
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from dflash_data.drops import DropReason
 from dflash_data.ingest.on_policy import PolicyReason, drop_reason, is_kept, judge

@@ -1,4 +1,7 @@
+import hmac
 import pickle
+
+import pytest
 
 from dflash_data.privacy.pseudonyms import MarkedText, Pseudonyms
 from dflash_data.privacy.scrub import scrub_call
@@ -22,6 +25,13 @@ def test_marks_depend_on_key_kind_and_value_alone():
     ]
     assert mark not in others[:3]
     assert len(set(others)) == 4
+
+
+@pytest.mark.parametrize("length", [16, 64, 65, 200])
+def test_a_mark_is_the_standard_hmac_whatever_the_length_of_the_key(length: int):
+    key = bytes(range(length))
+    want = hmac.digest(key, "mark\x1fEMAIL\x1f\u00e9".encode(), "sha256").hex()[:16]
+    assert Pseudonyms(key).mark("EMAIL", "\u00e9") == want
 
 
 def test_a_pickled_copy_keeps_the_key_and_none_of_the_texts():

@@ -7,12 +7,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dflash_data.regenerate.estimate import estimate_regeneration
 from dflash_data.regenerate.stage import regenerate
 from dflash_train.config import FeaturesDtype, RecipeConfig, ServingSampling
 from dflash_train.features.store import read_index
 from dflash_train.features.target import GeneratedRow, Target
 from dflash_train.records.chat_template import render_prompt
-from dflash_train.records.conversation import Conversation, Turn, read_split
+from dflash_train.records.conversation import (
+    Conversation,
+    Turn,
+    read_shard,
+    read_split,
+    write_shard,
+)
 from dflash_train.records.manifest import Manifest, file_hash
 from dflash_train.testing import ask, assert_close, write_conversations
 
@@ -39,6 +46,10 @@ def answers(config: RecipeConfig, split: str) -> dict[str, Conversation]:
 def files(folder: Path) -> dict[str, str]:
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): file_hash(path) for path in paths}
+
+
+def shards(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.jsonl.gz"))
 
 
 def test_each_answer_is_the_targets_own_greedy_answer(config: RecipeConfig, target: Target) -> None:
@@ -139,7 +150,7 @@ def test_an_interrupted_run_ends_with_the_same_bytes(
         with pytest.raises(KeyboardInterrupt):
             run(config, target)
     assert Manifest.read(folder) is None
-    finished = sorted((folder / "batches").iterdir())
+    finished = sorted((folder / "batches").rglob("*.gz"))
     assert len(finished) == 2
     times = [path.stat().st_mtime_ns for path in finished]
     run(config, target)
@@ -210,7 +221,7 @@ def test_a_sampled_run_that_was_interrupted_ends_with_the_same_answers(
     said = [record.output_token_ids for record in answers(config, "train").values()]
     assert len({tuple(ids or []) for ids in said}) == 4
     before = files(folder)
-    (folder / "batches" / "00001.jsonl.gz").unlink()
+    (folder / "batches" / "train-00000" / "00001.jsonl.gz").unlink()
     run(config, target)
     assert files(folder) == before
 
@@ -266,3 +277,50 @@ def test_messages_of_a_turn_are_never_shared(config: RecipeConfig, target: Targe
     write_conversations(config, [ask("a0", "one"), record])
     run(config, target)
     assert record.messages == before
+
+
+def test_each_shard_of_conversations_becomes_one_shard_of_answers(
+    config: RecipeConfig, target: Target
+) -> None:
+    write_conversations(config, RECORDS[:3])
+    second = config.run_dir / "conversations" / "train-00001.jsonl.gz"
+    write_shard(second, [ask("d0", "one"), ask("d1", "one", None, "four")])
+    manifest = run(config, target)
+    folder = config.run_dir / "regenerated"
+    found = {path.name: [record.id for record in read_shard(path)] for path in shards(folder)}
+    assert found == {
+        "train-00000.jsonl.gz": ["a0", "a1", "a2"],
+        "train-00001.jsonl.gz": ["d0", "d1"],
+    }
+    assert [entry.rows for entry in manifest.outputs[:2]] == [3, 2]
+    lines = read_index(folder / "features" / "train")
+    assert [line.id for line in lines] == ["a0", "a1", "a2", "d0", "d1"]
+    before = files(folder)
+    (folder / "batches" / "train-00001" / "00000.jsonl.gz").unlink()
+    (folder / "train-00001.jsonl.gz").unlink()
+    run(config, target)
+    assert files(folder) == before
+
+
+def test_a_dry_run_bounds_calls_tokens_and_disk_and_leaves_nothing(
+    config: RecipeConfig, target: Target
+) -> None:
+    records = [ask(f"{name}0", f"question {name}") for name in "abcdef"]
+    write_conversations(config, records)
+    before = sorted(config.run_dir.rglob("*"))
+    estimate = estimate_regeneration(config, target=target)
+    assert sorted(config.run_dir.rglob("*")) == before
+    run(config, target)
+    kept = answers(config, "train").values()
+    prompts = sum(record.usage["prompt_tokens"] for record in kept)
+    written = sum(record.usage["completion_tokens"] for record in kept)
+    features = (config.run_dir / "regenerated" / "features").rglob("*.safetensors")
+    assert estimate.num_calls == 6
+    assert estimate.prompt_tokens == prompts
+    assert written <= estimate.answer_tokens == 6 * 12
+    headers = 1024 * 6
+    assert sum(path.stat().st_size for path in features) <= (estimate.disk_bytes or 0) + headers
+    assert 0 < (estimate.seconds or 0) < 60
+    config.data.endpoints.urls = ["http://127.0.0.1:9/v1"]
+    lines = estimate_regeneration(config, target=target).lines()
+    assert [line.split(":")[0] for line in lines] == ["calls", "tokens"]

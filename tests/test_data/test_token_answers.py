@@ -1,8 +1,9 @@
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import orjson
 import pytest
+from msgspec.structs import replace
 
 from dflash_data.collect.stage import collect
 from dflash_data.regenerate.stage import regenerate

@@ -3,10 +3,13 @@ from typing import Any
 
 import orjson
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dflash_data.adapters import vllm_log
 from dflash_data.adapters.log_format import Line
 from dflash_data.adapters.vllm_log import FORMAT
+from dflash_data.adapters.vllm_request import read_literal
 from dflash_data.drops import Drop
 from dflash_train.records.conversation import Conversation, Turn
 
@@ -75,6 +78,11 @@ def kinds(*lines: str) -> list[str]:
 
 
 REQUEST = (received(), details(), body(), generated(), generated_ids())
+
+
+@given(st.text() | st.text("'\"\\/nu0\n\x00\x85"))
+def test_any_text_comes_back_from_its_literal(text: str):
+    assert read_literal(repr(text)) == text
 
 
 def test_documented_lines_are_joined_into_one_call():

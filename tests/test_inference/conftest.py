@@ -17,6 +17,7 @@ from dflash_train.drafter.attention import Blocks
 from dflash_train.drafter.model import Drafter, block_embeddings
 from dflash_train.features.store import FeatureRow, IndexLine, write_index
 from dflash_train.features.target import Target
+from dflash_train.records.conversation import Conversation, Turn, write_shard
 from dflash_train.records.manifest import Counts, FileEntry, Manifest
 from dflash_train.training.blocks import block_labels
 
@@ -156,6 +157,19 @@ def invent_training(run_dir: Path, generator: np.random.Generator) -> None:
     (run_dir / "metrics.jsonl").write_bytes(b"".join(orjson.dumps(line) + b"\n" for line in lines))
 
 
+def invent_seen(run_dir: Path, tenants: dict[str, int]) -> None:
+    """Invent the held-out calls: of each four of a tenant one resembles training."""
+    calls = [
+        Conversation(
+            id=f"{tenant}-{number}", source="set", split="test", seen_in_train=number % 4 == 0,
+            messages=[Turn(role="user", content="Hi")],
+        )
+        for tenant, size in tenants.items()
+        for number in range(size)
+    ]  # fmt: skip
+    write_shard(run_dir / "conversations" / "test-00000.jsonl.gz", calls)
+
+
 def invent_data(run_dir: Path) -> None:
     """Invent the books of the data stages and the index of two splits."""
     books = {
@@ -198,6 +212,7 @@ def invent_run(runs_dir: Path, *, tenants: dict[str, int] = TENANTS) -> RecipeCo
     invent_live(folder, generator)
     invent_training(config.run_dir, generator)
     invent_data(config.run_dir)
+    invent_seen(config.run_dir, tenants)
     manifest = Manifest(
         stage="evaluate",
         recipe_hash="sha256:0",
@@ -232,6 +247,12 @@ def invent_run(runs_dir: Path, *, tenants: dict[str, int] = TENANTS) -> RecipeCo
 def invented_run(tmp_path_factory: pytest.TempPathFactory) -> RecipeConfig:
     """An invented run folder, shared: tests only add the report to it."""
     return invent_run(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture
+def small_run(tmp_path: Path) -> RecipeConfig:
+    """An invented run folder of one tenant, for one test."""
+    return invent_run(tmp_path, tenants={"h:9f31c07a55d2": 11})
 
 
 @pytest.fixture(scope="session")

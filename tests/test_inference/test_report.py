@@ -10,6 +10,7 @@ from dflash_inference.report import report, summary_lines, write_sentences
 from dflash_inference.statistics import RequestSums, pooled_mean
 from dflash_inference.trace import read_traces
 from dflash_train.config import RecipeConfig
+from dflash_train.records.conversation import read_shard, write_shard
 from dflash_train.records.manifest import Manifest
 
 
@@ -138,6 +139,52 @@ def test_last_lines_give_the_figures_of_the_demo(
     assert "12 of 12 prompts equal replay at every step" in text
     assert "near-tie of two logits (17.284313 against 17.284309)" in text
     assert "tokens/s speculative" in text
+
+
+def test_both_views_of_traffic_stand_with_counts_and_intervals(
+    invented_run: RecipeConfig, folder: Path, findings: Findings
+) -> None:
+    views = findings["views"]
+    replayed = read_traces(invented_run.run_dir / "traces" / "replay-test.jsonl")
+    unseen = [trace for trace in replayed if int(trace.id.rsplit("-", 1)[1]) % 4]
+    assert views["traffic"]["acceptance_length"] == findings["acceptance_length"]
+    found = views["unseen"]["acceptance_length"]
+    assert found["pooled"] == pytest.approx(pooled_mean(RequestSums.of(unseen)))
+    assert found["interval"][0] < found["pooled"] < found["interval"][1]
+    assert (views["unseen"]["answers"], views["answers_seen"]) == (77, 27)
+    assert [each["unseen"]["num_requests"] for each in findings["slices"]] == [34, 21, 14, 8]
+    sentence = (
+        "77 answers of 77 sessions without a near-duplicate in training; 27 of 104 answers "
+        "resemble training."
+    )
+    assert sentence in "\n".join(summary_lines(invented_run))
+    for name in ("report.md", "report.html"):
+        text = (folder / name).read_text()
+        assert sentence in text
+        assert f"{found['pooled']:.2f}" in text
+
+
+@pytest.mark.parametrize(
+    ("seen", "words"),
+    [
+        (True, "No unseen group: 11 of 11 answers resemble training."),
+        (None, "No unseen group: this run does not know which answers resemble its training."),
+    ],
+)
+def test_a_run_without_an_unseen_group_says_so(
+    small_run: RecipeConfig, seen: bool | None, words: str
+) -> None:
+    path = small_run.run_dir / "conversations" / "test-00000.jsonl.gz"
+    calls = list(read_shard(path))
+    for call in calls:
+        call.seen_in_train = seen
+    write_shard(path, calls)
+    report(small_run, manifest=Manifest(stage="report", recipe_hash="sha256:0"))
+    findings = orjson.loads((small_run.run_dir / "report" / "report.json").read_bytes())
+    assert findings["views"]["unseen"]["acceptance_length"] is None
+    assert findings["slices"][0]["unseen"] is None
+    for name in ("report.md", "report.html"):
+        assert words in (small_run.run_dir / "report" / name).read_text()
 
 
 @pytest.mark.parametrize(

@@ -132,5 +132,10 @@ def test_settings_that_do_not_go_together_are_named(overrides: list[str], messag
 def test_the_published_mix_of_dspark_is_a_recipe():
     mix = ["loss.ce=0.1", "loss.tv=1.8", "loss.confidence=1.0", "loss.decay_gamma=4"]
     shape = ["drafter.markov_rank=256", "drafter.has_confidence_head=true"]
-    config = compose(["recipe=smollm2", *mix, *shape, "data.teacher_top_k=8"])
+    config = compose(["recipe=qwen3", *mix, *shape, "data.teacher_top_k=8"])
     assert config.loss.soft_names == ["tv"]
+
+
+def test_an_override_that_cannot_be_parsed_is_a_user_error() -> None:
+    with pytest.raises(ValueError, match=r"hub:org/name#part"):
+        compose(["recipe=smollm2", "data.logs=hub:org/name#part/train"])

@@ -1,4 +1,5 @@
 import gzip
+import pickle
 from pathlib import Path
 
 import pytest
@@ -66,4 +67,28 @@ def test_a_damaged_shard_is_named_without_its_content(tmp_path: Path, damage: st
         path.write_bytes(gzip.compress(b'{"question": "secret"}\n'))
     with pytest.raises(ValueError, match=r"train-00000\.jsonl\.gz is damaged") as caught:
         list(read_shard(path))
+    assert "secret" not in str(caught.value)
+
+
+def test_spans_come_back_as_tuples_and_tool_calls_as_plain_objects():
+    (record,) = conversations(1)
+    again = Conversation.from_json(record.to_json())
+    assert again == record == pickle.loads(pickle.dumps(record))
+    assert type(again.privacy.spans[0]) is tuple
+    assert type((again.messages[1].tool_calls or [])[0]) is dict
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"id": "secret", "source": "s"}',
+        b'{"id": 7, "source": "secret", "messages": []}',
+        b'{"id": "1", "source": "s", "messages": [], "secret": 1}',
+        b'{"id": "1", "source": "\xff secret", "messages": []}',
+        b'{"id": "1", "source": "s", "messages": [], "sampling": {"secret": ' + b"[" * 100_000,
+    ],
+)
+def test_a_foreign_line_is_refused_without_its_text(line: bytes):
+    with pytest.raises(ValueError, match="conversation record could not be read") as caught:
+        Conversation.from_json(line)
     assert "secret" not in str(caught.value)

@@ -66,7 +66,7 @@ def launch(folder: Path, cases: list[str]) -> None:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
     assert result.returncode == 0, result.stderr[-3000:]

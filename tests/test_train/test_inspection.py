@@ -1,10 +1,10 @@
 """The verb `inspect` on a small run folder, through the command line."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from dflash_train.cli import main
 from dflash_train.records.conversation import Conversation, Privacy, Turn, write_shard

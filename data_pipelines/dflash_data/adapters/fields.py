@@ -70,12 +70,12 @@ def as_text(value: Any) -> str:
     return orjson.dumps(storable(value)).decode()
 
 
-def find(mapping: Mapping[str, Any], name: str, *aliases: str) -> Any:
+def find(mapping: Mapping[str, Any], *names: str) -> Any:
     """Give the first value that is present and not null under any spelling of the names."""
-    value = mapping.get(name)
+    value = mapping.get(names[0])
     if value is not None:
         return value
-    for spelling in _other_spellings((name, *aliases)):
+    for spelling in _OTHER_SPELLINGS[names]:
         value = mapping.get(spelling)
         if value is not None:
             return value
@@ -141,9 +141,15 @@ def spellings(names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(form for name in names for form in (name, _camel_case(name))))
 
 
-@cache
-def _other_spellings(names: tuple[str, ...]) -> tuple[str, ...]:
-    return spellings(names)[1:]
+class _OtherSpellings(dict[tuple[str, ...], tuple[str, ...]]):
+    """All spellings of names but the first; a look-up here costs half of a cached call."""
+
+    def __missing__(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        others = self[names] = spellings(names)[1:]
+        return others
+
+
+_OTHER_SPELLINGS = _OtherSpellings()
 
 
 def utc_timestamp(value: Any) -> str | None:

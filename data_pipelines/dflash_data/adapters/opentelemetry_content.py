@@ -15,7 +15,6 @@ from dflash_data.adapters.messages import (
     check_prompt,
     read_message,
     read_tool_calls,
-    text_turn,
 )
 from dflash_data.adapters.opentelemetry_attributes import (
     read_attributes,
@@ -164,7 +163,7 @@ def _turns(message: Any) -> list[Turn]:
     if not isinstance(parts, list):
         raise UnusableError(DropReason.unparsable)
     if len(parts) == 1 and type(parts[0]) is dict and parts[0].get("type") == "text":
-        return [text_turn(role, _text(parts[0].get("content")))]
+        return [Turn(role=role, content=_text(parts[0].get("content")))]
     turn = Turn(role=role)
     results: list[Turn] = []
     for part in parts:

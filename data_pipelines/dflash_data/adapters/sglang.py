@@ -16,18 +16,16 @@ from typing import Any
 from dflash_data.adapters.completion import read_finish_reason, read_usage
 from dflash_data.adapters.fields import find, find_object, find_text, record_id, utc_timestamp
 from dflash_data.adapters.log_format import Line, LogFormat, per_line
-from dflash_data.adapters.messages import read_sampling, text_turn
+from dflash_data.adapters.messages import read_sampling
 from dflash_data.adapters.token_ids import read_token_ids
 from dflash_data.drops import Call, DropReason, UnusableError
-from dflash_train.records.conversation import Conversation
+from dflash_train.records.conversation import Conversation, Turn
 
 SOURCE = "sglang"
 FINISHED = "request.finished"
 CUT = "..."
 KEPT_SIDE = 1024
 """Level 2 keeps this many characters or ids at each end of a value that it cuts."""
-CONSTRAINTS = ("json_schema", "regex", "ebnf", "structural_tag")
-"""Sampling parameters that restrict which tokens may be written."""
 
 
 def adapt(event: dict[str, Any], place: str) -> list[Call]:
@@ -66,10 +64,10 @@ def adapt(event: dict[str, Any], place: str) -> list[Call]:
             ts=utc_timestamp(find(event, "timestamp")),
             adapter=find_text(request, "lora_path"),
             messages=[
-                text_turn("user", prompt or ""),
-                text_turn("assistant", text or ""),
+                Turn(role="user", content=prompt or ""),
+                Turn(role="assistant", content=text or ""),
             ],
-            sampling=_sampling(request),
+            sampling=read_sampling(find_object(request, "sampling_params") or {}),
             finish_reason=finish_reason,
             usage=read_usage(meta),
             prompt_token_ids=prompt_ids if has_ids else None,
@@ -93,15 +91,6 @@ def _text(holder: dict[str, Any]) -> str | None:
     if text and len(text) == 2 * KEPT_SIDE + len(CUT) and text[KEPT_SIDE:].startswith(CUT):
         raise UnusableError(DropReason.truncated_log)
     return text
-
-
-def _sampling(request: dict[str, Any]) -> dict[str, Any]:
-    parameters = find_object(request, "sampling_params") or {}
-    sampling = read_sampling(parameters)
-    constraint = next((name for name in CONSTRAINTS if find(parameters, name) is not None), None)
-    if constraint:
-        sampling["response_format"] = {"type": constraint}
-    return sampling
 
 
 def _acceptance_length(meta: dict[str, Any]) -> float | None:

@@ -9,6 +9,8 @@ model wrote them, when, or how, so they are public data and never on-policy.
 
 from typing import Any
 
+from msgspec.structs import replace
+
 from dflash_data.adapters.fields import find, find_text, parse_json, record_id
 from dflash_data.adapters.log_format import LogFormat, per_line
 from dflash_data.adapters.messages import (
@@ -16,7 +18,6 @@ from dflash_data.adapters.messages import (
     num_answers,
     read_message,
     read_tools,
-    text_turn,
 )
 from dflash_data.drops import Call, Drop, DropReason, UnusableError
 from dflash_train.records.conversation import ROLES, Conversation, Turn
@@ -91,7 +92,7 @@ def _read_turn(turn: Any) -> Turn:
     speaker, content = turn["from"], turn.get("value")
     role = SPEAKERS.get(speaker) if isinstance(speaker, str) else None
     if isinstance(content, str) and role is not None:
-        return text_turn(role, content)
+        return Turn(role=role, content=content)
     return read_message({"role": role, "content": content})
 
 
@@ -106,11 +107,7 @@ def _messages_up_to(turns: list[Turn], end: int) -> list[Turn]:
 
 
 def _copy(turn: Turn) -> Turn:
-    copy = text_turn(turn.role, "")
-    copy.content, copy.reasoning = turn.content, turn.reasoning
-    copy.tool_call_id, copy.name = turn.tool_call_id, turn.name
-    copy.tool_calls = [dict(call) for call in turn.tool_calls] if turn.tool_calls else None
-    return copy
+    return replace(turn, tool_calls=[dict(call) for call in turn.tool_calls or ()] or None)
 
 
 def recognises(line: dict[str, Any]) -> bool:

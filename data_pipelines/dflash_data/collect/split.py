@@ -143,7 +143,8 @@ class CollectedSplit:
         outputs += [_read(self._mark(shard)) for shard in self.shards]
         outputs.append(FileEntry.of(self.folder / INDEX_NAME, self.folder))
         counts = replace(counts, read=counts.read + num_linked, kept=counts.kept + num_linked)
-        own = replace(manifest, counts=counts, outputs=outputs)
+        # Who asked for it stands in the stage's manifest, which vouches for the bytes of this one.
+        own = replace(manifest, counts=counts, outputs=outputs, command="", code={}, versions={})
         own.write(self.folder)
         return own
 

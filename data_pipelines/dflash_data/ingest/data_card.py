@@ -45,6 +45,7 @@ def data_card(
         "kept": counts.kept,
         "dropped": counts.dropped,
         "answers": _named(totals, "policy/"),
+        "undecoded": totals["undecoded"],
         "privacy": {
             "policy": POLICY,
             "records_touched": totals["records_touched"],
@@ -95,6 +96,7 @@ def as_markdown(card: Mapping[str, Any]) -> str:
         f"{card['read']} calls read, {card['kept']} records kept. Counts only.",
         _table("Source", "calls", card["sources"]),
         _table("Dropped as", "calls", _nonzero(card["dropped"])),
+        _undecoded(card["undecoded"]),
         _table("Answers", "records", card["answers"]),
         f"## Privacy\n\n{privacy['records_touched']} records hold redactions (policy "
         f"{privacy['policy']}); {privacy['dropped_for_secrets']} were dropped for a secret in the "
@@ -110,6 +112,18 @@ def as_markdown(card: Mapping[str, Any]) -> str:
         _split_table(card["splits"]),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _undecoded(num_calls: int) -> str:
+    """Tell of calls whose text could not be read; nothing if there are none."""
+    if not num_calls:
+        return ""
+    return (
+        f"{num_calls} calls hold text as token ids only, which the target's tokenizer did not "
+        "decode: it is not on this machine, or not the one that wrote them. They were dropped, "
+        "since nobody could look for private values in them. Download the target, then run "
+        "`ingest` again."
+    )
 
 
 def _named(totals: Mapping[str, int], prefix: str) -> dict[str, int]:

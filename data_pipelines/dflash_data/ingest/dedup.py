@@ -14,6 +14,7 @@ import itertools
 import unicodedata
 from collections.abc import Iterable
 
+import msgspec
 import numpy as np
 import orjson
 from numpy.typing import NDArray
@@ -61,7 +62,7 @@ class ExactKeys:
 
     def _message(self, turn: Turn) -> bytes:
         if turn.tool_calls or turn.reasoning or turn.tool_call_id or turn.name:
-            whole = normalised(orjson.dumps(turn).decode())
+            whole = normalised(msgspec.json.encode(turn).decode())
             return hashlib.sha256(whole.encode()).digest()
         key = (turn.role, turn.content)
         if key not in self._known:

@@ -22,7 +22,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import datetime
 
-import orjson
+import msgspec
 
 from dflash_data.drops import DropReason
 from dflash_train.records.conversation import Conversation, Turn
@@ -56,13 +56,35 @@ def bucket_of(record: Conversation, num_buckets: int) -> int:
     if num_buckets == 1:
         return 0
     key = record.session.encode() if record.session is not None else _opening(record)
+    return bucket_of_key(key, num_buckets)
+
+
+def bucket_of_key(key: bytes, num_buckets: int) -> int:
+    """Give the bucket of a session's name or an opening."""
     return int.from_bytes(hashlib.sha256(key).digest()[:8]) % num_buckets
+
+
+def history_keys(call: Conversation) -> tuple[str | None, str]:
+    """Give the digests by which calls without a session are chained.
+
+    Returns:
+        That of the prompt which a call continues, None if it holds no answer; that of its own
+        prompt, which calls that continue it repeat.
+    """
+    history = _history_before_last_answer(call)
+    continued = _history_key(call, history) if history else None
+    return continued, _history_key(call, call.prompt)
+
+
+def session_of_chain(first: Conversation) -> str:
+    """Name the session of a chain by its first call."""
+    return "h:" + hashlib.sha256(f"chain {first.id}".encode()).hexdigest()[:16]
 
 
 def prefix_key(messages: list[Turn], record: Conversation) -> str:
     """Hash everything the target sees before it answers: messages, tools and thinking mode."""
     seen = [messages, record.tools, record.sampling.get("enable_thinking")]
-    return hashlib.sha256(orjson.dumps(seen)).hexdigest()
+    return hashlib.sha256(msgspec.json.encode(seen)).hexdigest()
 
 
 def missing_answers(record: Conversation) -> list[int]:
@@ -113,7 +135,7 @@ def by_session(records: Iterable[Conversation]) -> list[list[Conversation]]:
 
 def is_chained(session: list[Conversation]) -> bool:
     """Say whether a session, in log order, was found by its history and not named in the log."""
-    return session[0].session in (None, _session_of_chain(session[0]))
+    return session[0].session in (None, session_of_chain(session[0]))
 
 
 def drop_orphans(records: list[Conversation]) -> Sifted:
@@ -137,17 +159,13 @@ def _chain_sessions(calls: list[Conversation]) -> None:
     for call in calls:
         if call.session is not None:
             continue
-        history = _history_before_last_answer(call)
-        chain = open_ends[_history_key(call, history)] if history else []
+        continued, prompt = history_keys(call)
+        chain = open_ends[continued] if continued is not None else []
         if len(chain) > 1:
             call.session = chain.pop()
         else:
-            call.session = chain[0] if chain else _session_of_chain(call)
-        open_ends[_history_key(call, call.prompt)].append(call.session)
-
-
-def _session_of_chain(first: Conversation) -> str:
-    return "h:" + hashlib.sha256(f"chain {first.id}".encode()).hexdigest()[:16]
+            call.session = chain[0] if chain else session_of_chain(call)
+        open_ends[prompt].append(call.session)
 
 
 def _history_before_last_answer(call: Conversation) -> list[Turn]:
@@ -156,12 +174,12 @@ def _history_before_last_answer(call: Conversation) -> list[Turn]:
 
 
 def _history_key(call: Conversation, history: list[Turn]) -> str:
-    return hashlib.sha256(orjson.dumps([call.tenant, history])).hexdigest()
+    return hashlib.sha256(msgspec.json.encode([call.tenant, history])).hexdigest()
 
 
 def _opening(call: Conversation) -> bytes:
     users = [index for index, turn in enumerate(call.messages) if turn.role == "user"]
-    return orjson.dumps([call.tenant, call.messages[: users[0] + 1 if users else 1]])
+    return msgspec.json.encode([call.tenant, call.messages[: users[0] + 1 if users else 1]])
 
 
 def _log_position(record: Conversation) -> tuple[float, str]:

@@ -12,7 +12,9 @@ from pathlib import Path
 from dflash_data.ingest.decontaminate import EvaluationText
 from dflash_data.logs.sources import LogPart
 from dflash_data.privacy.pseudonyms import Pseudonyms, load_pseudonyms
+from dflash_data.privacy.text_of_ids import FORMATS_WITH_IDS, TextOfIds
 from dflash_train.config import DataConfig, RecipeConfig
+from dflash_train.features.target_folder import find_tokenizer_file
 
 BUCKET_BYTES = 16 << 20
 """Bytes of log per bucket, about: what one task holds in memory at a time."""
@@ -22,7 +24,13 @@ class IngestPlan:
     """The work of one run; a plain class, since dataclasses are printed with all they hold."""
 
     def __init__(
-        self, config: RecipeConfig, parts: list[LogPart], work: Path, evaluation: EvaluationText
+        self,
+        config: RecipeConfig,
+        parts: list[LogPart],
+        work: Path,
+        evaluation: EvaluationText,
+        *,
+        pseudonyms: Pseudonyms | None = None,
     ) -> None:
         """Plan without touching the log.
 
@@ -31,13 +39,16 @@ class IngestPlan:
             parts: The log; its size alone decides the number of buckets.
             work: Absolute folder of temporary files.
             evaluation: What may not recur in training.
+            pseudonyms: For plans that are not carried out; the others find or make the key.
         """
-        pseudonyms = load_pseudonyms(config)
+        self.rehearsal = pseudonyms
+        pseudonyms = pseudonyms or load_pseudonyms(config)
         names = config.data.excluded_tenants
         self.excluded = frozenset(pseudonyms.hide("tenant", name) for name in names)
         self.config = replace(config, data=replace(config.data, excluded_tenants=[]))
         self.key_mark = _mark_of(pseudonyms)
         self.parts = parts
+        self.tokenizer = tokenizer_of(config, parts)
         self.num_buckets = 1 + sum(part.num_bytes for part in parts) // BUCKET_BYTES
         self.work = work
         self.evaluation = evaluation
@@ -64,6 +75,10 @@ class IngestPlan:
             )
         return pseudonyms
 
+    def text_of_ids(self) -> TextOfIds:
+        """Give the decoder of ids that stand in place of text."""
+        return TextOfIds(self.tokenizer)
+
     def partition(self, rank: int) -> Path:
         """Give the file of scrubbed records of one reading task."""
         return self.work / "parts" / f"{rank:05d}.zst"
@@ -71,6 +86,17 @@ class IngestPlan:
     def moments(self, rank: int) -> Path:
         """Give the file with the first and last time that one reading task saw."""
         return self.work / "parts" / f"{rank:05d}.moments.json"
+
+    def spread(self, bucket: int) -> Path:
+        """Give the file with the records of a crowded bucket; it is there for no other."""
+        return self.work / "spread" / f"{bucket:05d}.zst"
+
+    def bucket_files(self, bucket: int) -> list[Path]:
+        """Give the partition files that hold the records of one bucket, once all are spread."""
+        spread = sorted(self.spread(0).parent.glob("*.zst"))
+        if self.spread(bucket) in spread:
+            return spread
+        return [self.partition(rank) for rank in range(len(self.parts))] + spread
 
     def chained(self, bucket: int) -> Path:
         """Give the file of the exploded records of one bucket."""
@@ -98,6 +124,12 @@ class IngestPlan:
     def out(self) -> Path:
         """The folder that becomes `conversations/`."""
         return self.work / "conversations"
+
+
+def tokenizer_of(config: RecipeConfig, parts: list[LogPart]) -> Path | None:
+    """Give the target's tokenizer file if the log may need it; None, too, where it is not here."""
+    needed = any(part.format in FORMATS_WITH_IDS for part in parts)
+    return find_tokenizer_file(config.target) if needed else None
 
 
 def _mark_of(pseudonyms: Pseudonyms) -> str:

@@ -2,8 +2,9 @@
 
     dflash-train ingest recipe=smollm2 data.logs=LOGS [executor=local|slurm|ray]
 
-Four phases of datatrove tasks, in `ingest_steps`: read (tasks are parts of the log), chain (tasks
-are buckets of whole sessions), decide (one task, over rows of numbers) and write (buckets again).
+Five phases of datatrove tasks, in `ingest/steps.py`: read (tasks are parts of the log), spread (one
+task, for buckets of too many calls), chain (tasks are buckets of whole sessions), decide (one task,
+over rows of numbers) and write (buckets again).
 Memory is bounded by what the tasks of one machine hold at a time, and no temporary file holds
 anything unscrubbed. The bytes of the result depend on the log and the recipe, never on
 executor, number of workers or order of files. File names matter in one case: a call without an
@@ -33,6 +34,7 @@ from dflash_data.ingest.decontaminate import EvaluationText, user_turns
 from dflash_data.ingest.plan import IngestPlan
 from dflash_data.ingest.steps import phases, shard_name
 from dflash_data.logs.sources import LogPart, parts_hash, plan_parts
+from dflash_data.privacy.pseudonyms import Pseudonyms
 from dflash_data.record_index import INDEX_NAME, join_index_parts
 from dflash_train.config import DataConfig, RecipeConfig, to_plain
 from dflash_train.records.conversation import SPLITS, Conversation, write_shard
@@ -42,6 +44,7 @@ from dflash_train.records.manifest import (
     Manifest,
     atomic_path,
     content_hash,
+    file_hash,
 )
 
 FOLDER = "conversations"
@@ -78,23 +81,37 @@ def ingest(
         shutil.rmtree(plan.work.parent, ignore_errors=True)
         raise
     with atomic_path(config.run_dir / FOLDER) as folder:
-        shutil.copytree(plan.out, folder, copy_function=os.link)
+        half_written = shutil.ignore_patterns(".partial-*")  # by a task that was killed
+        shutil.copytree(plan.out, folder, copy_function=os.link, ignore=half_written)
         _finish(folder, plan, totals, splits, evaluation, manifest, config.data)
-    shutil.rmtree(plan.work.parent)
+        shutil.rmtree(plan.work.parent)  # before the manifest counts, since nobody comes back
     return manifest
 
 
 def plan_ingest(
-    config: RecipeConfig, parts: list[LogPart], evaluation: dict[str, list[Conversation]]
+    config: RecipeConfig,
+    parts: list[LogPart],
+    evaluation: dict[str, list[Conversation]],
+    *,
+    pseudonyms: Pseudonyms | None = None,
 ) -> IngestPlan:
-    """Plan the tasks; the folder of their temporary files is named by all that decides them."""
-    plan = IngestPlan(config, parts, Path(), EvaluationText(evaluation))
+    """Plan the tasks; the folder of their temporary files is named by all that decides them.
+
+    Args:
+        config: The recipe.
+        parts: The log.
+        evaluation: Prompts of each evaluation set, by name.
+        pseudonyms: For a plan that is not carried out; else the run's key is found or made.
+    """
+    text = EvaluationText(evaluation)
+    plan = IngestPlan(config, parts, Path(), text, pseudonyms=pseudonyms)
     decisive = [
         parts_hash(parts),
         [[(piece.name, piece.start, piece.end) for piece in part.slices] for part in parts],
         to_plain(plan.data),
         sorted(plan.excluded),
         plan.key_mark,
+        None if plan.tokenizer is None else file_hash(plan.tokenizer),
         {name: [user_turns(prompt) for prompt in some] for name, some in evaluation.items()},
     ]
     name = content_hash(decisive).removeprefix("sha256:")[:12]
@@ -196,6 +213,7 @@ def _details(card: dict[str, Any], num_files: int) -> dict[str, object]:
     """Give the facts behind the counts: repeats, redactions, sessions. Never a value."""
     return {
         "log_files": num_files,
+        "undecoded": card["undecoded"],
         "merged_repeats": card["repeats"]["merged"],
         "removed_by_cap": card["repeats"]["removed_by_cap"],
         "sessions": card["sessions"],

@@ -1,6 +1,7 @@
 """The datatrove steps of the ingest stage, phase by phase; each is a loop around pure functions.
 
     read    a part of the log -> scrubbed records by bucket
+    spread  buckets that would not fit in memory -> their chains in all other buckets
     chain   a bucket -> records with session, placeholders and split, and their index rows
     decide  all index rows -> what stays, weights, clusters
     write   a bucket and its decisions -> shards
@@ -36,8 +37,10 @@ from dflash_data.ingest.partitions import PartitionWriter, read_lines_of
 from dflash_data.ingest.plan import IngestPlan
 from dflash_data.ingest.record_arrays import index_records, load_bands, load_rows, save_rows
 from dflash_data.ingest.splits import assign_splits, time_cuts
+from dflash_data.ingest.spread import crowded_buckets, spread_bucket
 from dflash_data.logs.sources import read_part
 from dflash_data.privacy.scrub import has_secret_in_answer, name_placeholders, scrub_call
+from dflash_data.privacy.text_of_ids import hides_text
 from dflash_data.record_index import index_line, write_index_part
 from dflash_train.records.conversation import SPLITS, Conversation, write_lines
 from dflash_train.records.manifest import write_bytes
@@ -46,7 +49,7 @@ _SEEN = {UNKNOWN: None, SEEN: True, UNSEEN: False}
 
 
 def phases(plan: IngestPlan) -> list[Phase]:
-    """List the four phases in order."""
+    """List the five phases in order."""
     read = [ReadPart(plan), LeaveOut(plan), Judge(plan), Scrub(plan), WritePartition(plan)]
     chained = [
         ReadBucket(plan),
@@ -58,6 +61,7 @@ def phases(plan: IngestPlan) -> list[Phase]:
     ]
     return [
         Phase(name="read", steps=read, num_tasks=len(plan.parts)),
+        Phase(name="spread", steps=[Spread(plan)], num_tasks=1),
         Phase(name="chain", steps=chained, num_tasks=plan.num_buckets),
         Phase(name="decide", steps=[Decide(plan)], num_tasks=1),
         Phase(name="write", steps=[WriteShards(plan)], num_tasks=plan.num_buckets),
@@ -144,9 +148,15 @@ class Scrub(Step):
     def run(self, data: Documents = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         """Yield scrubbed records that `on_policy` keeps."""
         pseudonyms, settings = self.plan.pseudonyms(), self.plan.data
+        text_of_ids = self.plan.text_of_ids()
         counts: Counter[str] = Counter()
         for document in data or ():
             record = _conversation(document)
+            reason = text_of_ids.reveal(record) if hides_text(record) else None
+            if reason is not None:
+                counts["undecoded"] += 1
+                counts[_dropped(reason)] += 1
+                continue
             by_role = scrub_call(record, pseudonyms)
             if by_role:
                 counts["records_touched"] += 1
@@ -182,6 +192,23 @@ class WritePartition(Step):
         yield from ()
 
 
+class Spread(Step):
+    """Moves whole chains out of buckets that hold too much."""
+
+    name = "spread"
+    type = "writer"
+
+    def run(self, data: Documents = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+        """Write a partition file for each crowded bucket; mostly there is none."""
+        plan = self.plan
+        paths = [plan.partition(number) for number in range(len(plan.parts))]
+        for bucket in crowded_buckets(paths, plan.num_buckets):
+            out = plan.spread(bucket)
+            num_moved = spread_bucket(paths, bucket, out, num_buckets=plan.num_buckets)
+            self.count({"crowded_buckets": 1, "moved_records": num_moved})
+        yield from ()
+
+
 class ReadBucket(Step):
     """Yields the records of one bucket from the partitions of all reading tasks."""
 
@@ -190,8 +217,7 @@ class ReadBucket(Step):
 
     def run(self, data: Documents = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         """Yield in the order of the lines' bytes, so that the order of files never matters."""
-        paths = [self.plan.partition(number) for number in range(len(self.plan.parts))]
-        for line in sorted(read_lines_of(paths, rank)):
+        for line in sorted(read_lines_of(self.plan.bucket_files(rank), rank)):
             yield _document(Conversation.from_json(line))
 
 

@@ -11,10 +11,10 @@ record. Provider ids become keyed hashes. Only counts leave this module, never a
 """
 
 from collections import Counter
-from dataclasses import replace
 from typing import Any
 
-import orjson
+import msgspec
+from msgspec.structs import replace
 
 from dflash_data.privacy.detectors import SECRETS
 from dflash_data.privacy.marks import Placeholders, mark_id, mark_json_text, mark_text, mark_value
@@ -88,7 +88,7 @@ def rescrub_answer(record: Conversation, pseudonyms: Pseudonyms) -> Counter[str]
     index = len(record.messages) - 1
     placeholders = Placeholders()
     seen = [record.prompt, record.tools, record.sampling]
-    placeholders.skip_names(orjson.dumps(seen).decode())
+    placeholders.skip_names(msgspec.json.encode(seen).decode())
     _count(by_role, "answer", _mark_turn(record, record.answer, pseudonyms))
     record.privacy.spans = [span for span in record.privacy.spans if span[0] != index]
     record.messages[index] = _name_turn(record, index, record.answer, placeholders)

@@ -1,8 +1,9 @@
 """The servers' answers as they arrive: a kill loses only the requests in flight.
 
-One line per answered record, appended in the order of arrival: the record's id, a hash of the
-prompt that was asked, and the finished record, scrubbed like everything that is written. When all
-are in, the log is rewritten in the order of the plan, so that its bytes tell nothing of arrivals.
+There is a log for each shard of conversations. One line per answered record, appended in the order
+of arrival: the record's id, a hash of the prompt that was asked, and the finished record, scrubbed
+like everything that is written. When all are in, the log is rewritten in the order of the plan, so
+that its bytes tell nothing of arrivals.
 """
 
 import os
@@ -10,8 +11,8 @@ import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from types import TracebackType
 
+import msgspec
 import orjson
 from tqdm import tqdm
 
@@ -19,7 +20,6 @@ from dflash_data.drops import DropReason
 from dflash_train.records.conversation import Conversation
 from dflash_train.records.manifest import content_hash, write_bytes
 
-LOG_NAME = "answers.jsonl"
 SYNC_EVERY_S = 1.0
 """Lines are with the operating system at once, and on the disk at the latest after this time."""
 
@@ -27,27 +27,20 @@ Outcome = Conversation | DropReason
 
 
 class AnswerLog:
-    """Appends outcomes durably and gives back those of an earlier run; a context manager."""
+    """Appends outcomes of one shard durably and gives back those of an earlier run."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, path: Path) -> None:
         """Read what an earlier run left; a line that a kill cut short is taken off."""
-        self.path = folder / LOG_NAME
+        self.path = path
         self._outcomes: dict[tuple[str, str], bytes] = {}
         length = self._read() if self.path.exists() else 0
-        folder.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.truncate(self._file, length)
         self._last_sync = time.monotonic()
 
-    def __enter__(self) -> "AnswerLog":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """See that all lines are on the disk; nothing can be added any more."""
         os.fsync(self._file)
         os.close(self._file)
 
@@ -95,7 +88,7 @@ def _line(record_id: str, prompt: str, outcome: Outcome) -> bytes:
     fields = {"id": record_id, "prompt": prompt}
     if isinstance(outcome, DropReason):
         return orjson.dumps(fields | {"dropped": outcome.value})
-    return orjson.dumps(fields | {"record": outcome})
+    return msgspec.json.encode(fields | {"record": outcome})
 
 
 def _outcome(line: bytes) -> Outcome:

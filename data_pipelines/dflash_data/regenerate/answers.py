@@ -7,7 +7,9 @@ anywhere. An answer with a redaction loses its token ids, which carry the origin
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+
+from msgspec.structs import replace
 
 from dflash_data.drops import DropReason
 from dflash_data.ingest.explode import missing_answers, prefix_key

@@ -6,10 +6,10 @@ redacted stand in no shard: their tokens are not what the target wrote. `collect
 the target with the placeholders masked.
 """
 
-import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import orjson
 import torch
@@ -21,12 +21,11 @@ from dflash_data.privacy.pseudonyms import load_pseudonyms
 from dflash_data.regenerate.answers import (
     Answer,
     Answers,
-    Histories,
     answer_seed,
     answer_text,
     finish_record,
 )
-from dflash_data.regenerate.plan import Group, Plan
+from dflash_data.regenerate.plan import OpenShard, ShardPlan
 from dflash_train.config import RecipeConfig
 from dflash_train.features.sampling import RowSampler, is_plain_greedy
 from dflash_train.features.store import IndexLine, write_index
@@ -39,7 +38,7 @@ from dflash_train.records.manifest import write_bytes
 
 @dataclass
 class GeneratedAnswers:
-    """Works through a plan batch by batch, in one folder."""
+    """Works through shards batch by batch, in one folder."""
 
     config: RecipeConfig
     target: Target
@@ -47,41 +46,36 @@ class GeneratedAnswers:
 
     def __post_init__(self) -> None:
         self._pseudonyms = load_pseudonyms(self.config)
+        self._lines: dict[str, list[IndexLine]] = defaultdict(list)
 
-    def answer(
-        self, plan: Plan, open_records: dict[str, Conversation], histories: Histories
-    ) -> Answers:
-        """Answer all records of a plan; batches finished by an earlier run are read back."""
+    def answer(self, shard: OpenShard, progress: "tqdm[NoReturn]") -> Answers:
+        """Answer the records of a shard; batches finished by an earlier run are read back."""
         answers = Answers()
-        num_rows = sum(len(group.ids) for group in plan.groups)
-        with tqdm(total=num_rows, desc="regenerate", unit="row", file=sys.stderr) as progress:
-            for number, group in enumerate(plan.groups):
-                if not self._is_done(number, group):
-                    filled = {
-                        i: histories.fill(open_records[i], answers.records) for i in group.ids
-                    }
-                    self._answer_batch(number, group, filled)
-                batch = self._read_back(number)
-                answers.records |= batch.records
-                answers.dropped |= batch.dropped
-                progress.update(len(group.ids))
+        for number, ids in enumerate(shard.plan.groups):
+            place = _Batch(shard=shard.plan, number=number, folder=self.folder)
+            if not self._is_done(place):
+                filled = {i: shard.histories.fill(shard.records[i], answers.records) for i in ids}
+                self._answer_batch(place, filled)
+            batch = place.read_back()
+            answers.records |= batch.records
+            answers.dropped |= batch.dropped
+            self._note_rows(place, batch)
+            progress.update(len(ids))
         return answers
 
-    def write_indexes(self, plan: Plan, answers: Answers) -> None:
+    def write_indexes(self) -> None:
         """Write the index of each split's feature shards."""
-        lines: dict[str, list[IndexLine]] = defaultdict(list)
-        for number, group in enumerate(plan.groups):
-            shard = self._shard_path(number, group).name
-            kept = [answers.records[i] for i in group.ids if i in answers.records]
-            for row, record in enumerate(record for record in kept if has_exact_ids(record)):
-                line = index_line(record, self.config.data, shard=shard, row=row)
-                lines[group.split].append(line)
-        for split, split_lines in lines.items():
-            write_index(self.folder / "features" / split, split_lines)
+        for split, lines in self._lines.items():
+            write_index(self.folder / "features" / split, lines)
 
-    def _answer_batch(
-        self, number: int, group: Group, filled: dict[str, Conversation | None]
-    ) -> None:
+    def _note_rows(self, place: "_Batch", batch: Answers) -> None:
+        """Note where the rows of a batch stand: in its feature shard, in the order of its plan."""
+        kept = [batch.records[i] for i in place.ids if i in batch.records]
+        for row, record in enumerate(record for record in kept if has_exact_ids(record)):
+            line = index_line(record, self.config.data, shard=place.features_path.name, row=row)
+            self._lines[place.shard.split].append(line)
+
+    def _answer_batch(self, place: "_Batch", filled: dict[str, Conversation | None]) -> None:
         """Answer records together; write features and teacher of the passes that did, records."""
         prompts, dropped = self._render(filled)
         asked = [record for i, record in filled.items() if record is not None and i in prompts]
@@ -99,15 +93,15 @@ class GeneratedAnswers:
                 feature_rows.append(feature_row(outcome, row.features, data, teacher=row.teacher))
         if feature_rows:
             write_feature_shard(
-                self._shard_path(number, group),
+                place.features_path,
                 feature_rows,
                 dtype=getattr(torch, self.config.data.features_dtype.value),
                 num_taps=len(self.target.target_layer_ids),
             )
         if dropped:
             reasons = {record_id: reason.value for record_id, reason in dropped.items()}
-            write_bytes(self._drops_path(number), orjson.dumps(reasons))
-        write_shard(self._records_path(number), records)  # last: it says that the batch is done
+            write_bytes(place.drops_path, orjson.dumps(reasons))
+        write_shard(place.records_path, records)  # last: it says that the batch is done
 
     def _render(
         self, filled: dict[str, Conversation | None]
@@ -155,27 +149,50 @@ class GeneratedAnswers:
         )
         return finish_record(asked, answer, target=self.target, pseudonyms=self._pseudonyms)
 
-    def _is_done(self, number: int, group: Group) -> bool:
+    def _is_done(self, place: "_Batch") -> bool:
         """Say whether an earlier run has finished a batch and nothing of it is missing."""
-        if not self._records_path(number).exists():
+        if not place.records_path.exists():
             return False
-        batch = self._read_back(number)
+        batch = place.read_back()
         needs_shard = any(has_exact_ids(record) for record in batch.records.values())
-        has_shard = self._shard_path(number, group).exists() or not needs_shard
-        return has_shard and len(batch.records) + len(batch.dropped) == len(group.ids)
+        has_shard = place.features_path.exists() or not needs_shard
+        return has_shard and len(batch.records) + len(batch.dropped) == len(place.ids)
 
-    def _read_back(self, number: int) -> Answers:
-        records = {record.id: record for record in read_shard(self._records_path(number))}
-        path = self._drops_path(number)
-        reasons = orjson.loads(path.read_bytes()) if path.exists() else {}
+
+@dataclass(frozen=True, kw_only=True)
+class _Batch:
+    """One group of a plan, and the files that it leaves."""
+
+    shard: ShardPlan
+    number: int
+    folder: Path
+    """Of the stage."""
+
+    @property
+    def ids(self) -> list[str]:
+        """The records to answer together."""
+        return self.shard.groups[self.number]
+
+    @property
+    def records_path(self) -> Path:
+        """Answered records; the mark of completion."""
+        return self.folder / "batches" / self.shard.name / f"{self.number:05d}.jsonl.gz"
+
+    @property
+    def drops_path(self) -> Path:
+        """Why the others have no answer."""
+        return self.folder / "batches" / self.shard.name / f"{self.number:05d}-dropped.json"
+
+    @property
+    def features_path(self) -> Path:
+        """Features of the answered records that have exact token ids."""
+        shard_number = self.shard.name.rsplit("-", 1)[1]
+        name = f"batch-{shard_number}-{self.number:05d}.safetensors"
+        return self.folder / "features" / self.shard.split / name
+
+    def read_back(self) -> Answers:
+        """Read what became of the records of a finished batch."""
+        records = {record.id: record for record in read_shard(self.records_path)}
+        reasons = orjson.loads(self.drops_path.read_bytes()) if self.drops_path.exists() else {}
         dropped = {record_id: DropReason(reason) for record_id, reason in reasons.items()}
         return Answers(records=records, dropped=dropped)
-
-    def _records_path(self, number: int) -> Path:
-        return self.folder / "batches" / f"{number:05d}.jsonl.gz"
-
-    def _drops_path(self, number: int) -> Path:
-        return self.folder / "batches" / f"{number:05d}-dropped.json"
-
-    def _shard_path(self, number: int, group: Group) -> Path:
-        return self.folder / "features" / group.split / f"batch-{number:05d}.safetensors"
