@@ -36,7 +36,10 @@ THIRD_PARTY = {
     "datasets": ("dflash_data", "dflash_inference.eval_sets", "dflash_train.features.store"),
     "datatrove": ("dflash_data",),
     "deepspeed": (),
-    "huggingface_hub": ("dflash_train.release.hub",),
+    "huggingface_hub": (
+        "dflash_train.release.hub",
+        "dflash_train.features.target_folder",  # looks into the local cache, never asks the Hub
+    ),
     "hydra": ("dflash_train.cli", "dflash_train.config"),
     "omegaconf": ("dflash_train.cli", "dflash_train.config"),
     "triton": ("dflash_kernels",),
