@@ -1,8 +1,5 @@
-import gzip
 from pathlib import Path
-from typing import Any
 
-import orjson
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,25 +7,8 @@ from hypothesis import strategies as st
 from dflash_data.adapters.log_format import Line
 from dflash_data.drops import Drop
 from dflash_data.logs import lines as log_lines
-from dflash_data.logs.compression import zstd
 from dflash_data.logs.lines import read_lines
-
-
-def pair(number: int) -> dict[str, Any]:
-    messages = [{"role": "user", "content": f"Is bay {number} free?"}]
-    answer = {"message": {"role": "assistant", "content": "Yes."}, "finish_reason": "stop"}
-    return {"request": {"model": "small", "messages": messages}, "response": {"choices": [answer]}}
-
-
-def lines(num_calls: int) -> bytes:
-    return b"".join(orjson.dumps(pair(number)) + b"\n" for number in range(num_calls))
-
-
-def write(path: Path, content: bytes) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    packing = {".gz": gzip.compress, ".zst": zstd.compress}.get(path.suffix, bytes)
-    path.write_bytes(packing(content))
-    return path
+from tests.test_data.log_files import lines, write
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)

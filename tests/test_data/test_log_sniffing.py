@@ -1,31 +1,11 @@
-import gzip
 from pathlib import Path
-from typing import Any
 
 import orjson
 import pytest
 
 from dflash_data.adapters import FORMATS, detect_format
-from dflash_data.logs.compression import zstd
 from dflash_data.logs.sources import plan_parts, read_part
-
-
-def pair(number: int) -> dict[str, Any]:
-    messages = [{"role": "user", "content": f"Is bay {number} free?"}]
-    answer = {"message": {"role": "assistant", "content": "Yes."}, "finish_reason": "stop"}
-    return {"request": {"model": "small", "messages": messages}, "response": {"choices": [answer]}}
-
-
-def lines(num_calls: int) -> bytes:
-    return b"".join(orjson.dumps(pair(number)) + b"\n" for number in range(num_calls))
-
-
-def write(path: Path, content: bytes) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    packing = {".gz": gzip.compress, ".zst": zstd.compress}.get(path.suffix, bytes)
-    path.write_bytes(packing(content))
-    return path
-
+from tests.test_data.log_files import lines, pair, write
 
 SAMPLES = {
     "openai": [orjson.dumps(pair(0))],

@@ -1,4 +1,3 @@
-import gzip
 import json
 import pickle
 from collections.abc import Iterator
@@ -11,27 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from dflash_data.drops import Call, Drop
-from dflash_data.logs.compression import zstd
 from dflash_data.logs.lines import MAX_LINE_BYTES
 from dflash_data.logs.sources import parts_hash, plan_parts, read_part
 from dflash_train.records.conversation import Conversation
-
-
-def pair(number: int) -> dict[str, Any]:
-    messages = [{"role": "user", "content": f"Is bay {number} free?"}]
-    answer = {"message": {"role": "assistant", "content": "Yes."}, "finish_reason": "stop"}
-    return {"request": {"model": "small", "messages": messages}, "response": {"choices": [answer]}}
-
-
-def lines(num_calls: int) -> bytes:
-    return b"".join(orjson.dumps(pair(number)) + b"\n" for number in range(num_calls))
-
-
-def write(path: Path, content: bytes) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    packing = {".gz": gzip.compress, ".zst": zstd.compress}.get(path.suffix, bytes)
-    path.write_bytes(packing(content))
-    return path
+from tests.test_data.log_files import lines, pair, write
 
 
 def calls_of(logs: Any, **settings: Any) -> list[Call]:
