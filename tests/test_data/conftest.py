@@ -1,6 +1,8 @@
 """A tiny target and a run folder with conversations for the stages that need them."""
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +15,7 @@ from dflash_train.config import (
 )
 from dflash_train.features.target import Target
 from dflash_train.testing import MASK_TOKEN_ID, tiny_target
+from tests.test_data.answer_server import Server
 
 
 @pytest.fixture(scope="session")
@@ -31,3 +34,16 @@ def config(tmp_path: Path) -> RecipeConfig:
         data=DataConfig(max_new_tokens=12, batch_size=4),
         training=TrainingConfig(max_steps=1),
     )
+
+
+@pytest.fixture
+def servers(target: Target) -> Iterator[Callable[..., Server]]:
+    started: list[Server] = []
+
+    def start(**settings: Any) -> Server:
+        started.append(Server(target, **settings))
+        return started[-1]
+
+    yield start
+    for server in started:
+        server.close()

@@ -10,11 +10,11 @@ import random
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from dflash_data.privacy.detectors import KINDS, find_private
 from tests.test_data.privacy_look_alikes import LOOK_ALIKES
-from tests.test_data.privacy_plants import make_plant, seeded_fakes
+from tests.test_data.privacy_plants import make_sourced_plant, seeded_fakes
 
 SHAPES = (
     "Please use {} for this.", "{}", "It is {}.", "Is it {}?", "Yes: {}!",
@@ -44,6 +44,8 @@ class Sample:
     kind: str
     """A kind of the detectors, or the name of a look-alike."""
     is_private: bool
+    source: str = "own"
+    """Whose dice made it: `own` or `faker`."""
 
     @property
     def value(self) -> str:
@@ -61,6 +63,9 @@ class Score:
     right: Counter[str] = field(default_factory=Counter)
     missed: list[Sample] = field(default_factory=list)
     wrong: list[tuple[Sample, str]] = field(default_factory=list)
+    planted_by: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """Plants by kind and source."""
+    caught_by: Counter[tuple[str, str]] = field(default_factory=Counter)
 
     def recall(self, kind: str) -> float:
         return self.caught[kind] / max(1, self.planted[kind])
@@ -76,8 +81,9 @@ def make_corpus(num_plants: int, *, seed: int) -> Iterator[Sample]:
     names = list(LOOK_ALIKES)
     for number in range(num_plants):
         kind = KINDS[number % len(KINDS)]
-        value = _broken(kind, make_plant(kind, dice, fakes), dice)
-        yield _in_shape(kind, value, dice, is_private=True)
+        made, source = make_sourced_plant(kind, dice, fakes)
+        sample = _in_shape(kind, _broken(kind, made, dice), dice, is_private=True)
+        yield replace(sample, source=source)
         name = names[number % len(names)]
         fake = fakes[dice.choice(list(fakes))]
         yield _in_shape(name, LOOK_ALIKES[name](dice, fake), dice, is_private=False)
@@ -93,6 +99,8 @@ def score(samples: Iterator[Sample]) -> Score:
             total.exact[sample.kind] += (sample.start, sample.end, sample.kind) in findings
             covered = any(f.start <= sample.start and f.end >= sample.end for f in findings)
             total.caught[sample.kind] += covered
+            total.planted_by[sample.kind, sample.source] += 1
+            total.caught_by[sample.kind, sample.source] += covered
             total.missed += [] if covered else [sample]
         for finding in findings:
             overlaps = finding.start < sample.end and finding.end > sample.start

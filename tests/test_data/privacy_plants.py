@@ -218,8 +218,15 @@ LOCALE_OF = {"SSN": "en_US"}
 
 def make_plant(kind: str, dice: Dice, fakes: dict[str, Faker]) -> str:
     """Make a value of a kind; one in two comes from faker, in a locale of the eight."""
-    make = dice.choice(MAKES[kind])
-    return make(dice, fakes[LOCALE_OF.get(kind, dice.choice(LOCALES))])
+    return make_sourced_plant(kind, dice, fakes)[0]
+
+
+def make_sourced_plant(kind: str, dice: Dice, fakes: dict[str, Faker]) -> tuple[str, str]:
+    """Make a value and say where it comes from: `own`, or `faker` where that knows the kind."""
+    own, fakers = MAKES[kind]
+    make = dice.choice((own, fakers))
+    value = make(dice, fakes[LOCALE_OF.get(kind, dice.choice(LOCALES))])
+    return value, "own" if make is own else "faker"
 
 
 def seeded_fakes(seed: int) -> dict[str, Faker]:

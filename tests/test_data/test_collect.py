@@ -19,7 +19,7 @@ from dflash_train.cli import main
 from dflash_train.config import FeaturesDtype, RecipeConfig, UnavailableError
 from dflash_train.features.shard import bytes_per_token
 from dflash_train.features.store import FeatureRow, FeatureStore
-from dflash_train.features.target import Target
+from dflash_train.features.target import ReadAnswer, Target
 from dflash_train.records.conversation import Conversation, read_split
 from dflash_train.records.manifest import Manifest, file_hash
 from dflash_train.testing import (
@@ -72,22 +72,20 @@ def same_bytes(one: RecipeConfig, other: RecipeConfig) -> bool:
     return files[0] == files[1] and all(same)
 
 
-class CountingTarget:
+class CountingTarget(Target):
     """A target that counts the rows it reads and may die on the way."""
 
     def __init__(self, target: Target, *, dies_at: int | None = None) -> None:
-        self._target, self._dies_at = target, dies_at
+        vars(self).update(vars(target))
+        self._dies_at = dies_at
         self.num_rows = self.num_passes = 0
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._target, name)
-
-    def read_answers(self, rows: list[list[int]], **settings: Any) -> object:
+    def read_answers(self, rows: list[list[int]], **settings: Any) -> list[ReadAnswer]:
         self.num_passes += 1
         if self.num_passes == self._dies_at:
             raise KeyboardInterrupt
         self.num_rows += len(rows)
-        return self._target.read_answers(rows, **settings)
+        return super().read_answers(rows, **settings)
 
 
 @pytest.fixture
@@ -141,7 +139,10 @@ def test_an_answer_of_the_log_gives_the_teacher_that_generation_gave(
     config.data.features_dtype = FeaturesDtype.float32
     write_conversations(config, [ask(f"{name}0", f"question {name}") for name in "abcdef"])
     run_regenerate(config, target)
-    assert run_collect(config, never).details == {"teacher_top_k": 4}
+    assert run_collect(config, never).details == {
+        "teacher_top_k": 4,
+        "engine": "transformers",
+    }
     logged = replace(config, runs_dir=str(tmp_path / "logged"))
     write_conversations(logged, list(read_split(config.run_dir / "regenerated", "train")))
     run_collect(logged, lambda: target)
@@ -443,7 +444,9 @@ def test_a_dry_run_foretells_tokens_and_disk_and_leaves_nothing(
     paths = [*shards_of(many), *shards_of(many, "test")]
     headers = sum(path.stat().st_size for path in paths) - estimate.disk_bytes
     assert 0 < headers < 1024 * len(paths)
+    assert estimate.memory_bytes is not None
     assert estimate.memory_bytes > 50_000_000  # torch alone takes more
+    assert estimate.seconds is not None
     assert 0 < estimate.seconds < 60
 
 

@@ -5,11 +5,11 @@ import pytest
 from dflash_data.adapters.fields import (
     as_text,
     find,
-    find_count,
     find_flag,
     find_object,
     find_text,
     parse_json,
+    read_count,
     read_number,
     storable,
     utc_timestamp,
@@ -53,7 +53,7 @@ def test_times_of_every_form_become_rfc_3339_utc(logged: Any, expected: str | No
 def test_identifiers_counts_and_flags_tolerate_other_types():
     logged = {"a": "", "b": 7, "c": True, "d": "12", "e": "-1", "f": "True", "g": 1}
     assert [find_text(logged, key) for key in "abc"] == [None, "7", None]
-    assert [find_count(logged, key) for key in "bcde"] == [7, None, 12, None]
+    assert [read_count(logged.get(key)) for key in "bcde"] == [7, None, 12, None]
     assert [find_flag(logged, key) for key in "acfg"] == [False, True, True, False]
     assert [read_number(value) for value in ("-3", "0.5", "nan", "x", None)] == [
         -3,

@@ -4,6 +4,7 @@ import os
 import shutil
 from collections import defaultdict
 from collections.abc import Iterator
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +16,8 @@ import dflash_data.ingest.steps
 from dflash_data.drops import Call, DropReason
 from dflash_data.ingest.explode import missing_answers, prefix_key
 from dflash_data.ingest.partitions import read_lines_of
-from dflash_data.ingest.stage import ingest
+from dflash_data.ingest.stage import ingest, plan_ingest
+from dflash_data.ingest.steps import Step, phases
 from dflash_data.logs.sources import LogPart, plan_parts, read_part
 from dflash_data.privacy.pseudonyms import KEY_FILE_NAME
 from dflash_data.sample_traffic.fleet import write_sample_traffic
@@ -189,6 +191,16 @@ def test_nothing_private_reaches_any_file(tmp_path: Path):
     for name, content in files_of(tmp_path / "runs").items():
         assert name.endswith(KEY_FILE_NAME) or key not in plain(content), f"the key is in {name}"
     assert (config.run_dir / KEY_FILE_NAME).stat().st_mode & 0o777 == 0o600
+
+
+def test_tasks_share_one_plan_although_their_steps_are_copied(tmp_path: Path):
+    log = tmp_path / "traffic.jsonl"
+    private_log(log)
+    plan = plan_ingest(recipe(tmp_path / "runs"), plan_parts(str(log)), {})
+    copied = deepcopy(phases(plan))
+    steps = [step for phase in copied for step in phase.steps if isinstance(step, Step)]
+    assert steps
+    assert all(step.plan is plan for step in steps)
 
 
 @pytest.mark.usefixtures("many_tasks", "stopped_before_decisions")

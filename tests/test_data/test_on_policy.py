@@ -4,7 +4,13 @@ import pytest
 from msgspec.structs import replace
 
 from dflash_data.drops import DropReason
-from dflash_data.ingest.on_policy import PolicyReason, drop_reason, is_kept, judge
+from dflash_data.ingest.on_policy import (
+    PolicyReason,
+    drop_reason,
+    is_kept,
+    judge,
+    names_no_model,
+)
 from dflash_train.config import DataConfig, Regenerate, ServingSampling
 from dflash_train.records.conversation import Conversation, Turn
 
@@ -70,6 +76,29 @@ def test_only_the_full_name_of_the_weights_counts(
     served: dict[str, Any], aliases: list[str], want: str
 ):
     assert reason(call(**served), recipe(target_aliases=aliases)) == want
+
+
+@pytest.mark.parametrize(
+    ("served", "served_model", "want"),
+    [
+        ({"source": "sglang"}, None, "other_model"),
+        ({"source": "sglang"}, "support-small", "match"),
+        ({"source": "sglang"}, "support-large", "other_model"),
+        ({"source": "vllm_log"}, "support-small", "match"),
+        ({"source": "vllm_log", "model": "support-large"}, "support-small", "other_model"),
+        ({"source": "sglang", "adapter": "polite"}, "support-small", "other_model"),
+        ({"source": "litellm"}, "support-small", "other_model"),
+        ({"source": "sharegpt", "origin": "public"}, "support-small", "other_model"),
+    ],
+)
+def test_the_recipe_names_the_model_only_where_a_servers_own_log_names_none(
+    served: dict[str, Any], served_model: str | None, want: str
+):
+    record = call(**({"model": None} | served))
+    assert reason(record, recipe(served_model=served_model)) == want
+    assert record.model == served.get("model"), "what was logged stays as it was"
+    is_unnamed = served in ({"source": "sglang"}, {"source": "vllm_log"})
+    assert names_no_model(record) == is_unnamed
 
 
 @pytest.mark.parametrize(
@@ -263,6 +292,7 @@ def test_settings_that_cannot_be_meant_name_their_field():
         ("data.target_valid_until", {
             "target_valid_from": "2026-10-02", "target_valid_until": "2026-10-01"
         }),
+        ("data.served_model", {"served_model": ""}),
         ("data.regenerate", {"target_aliases": [], "regenerate": Regenerate.never}),
     ]  # fmt: skip
     for field, settings in wrong:

@@ -180,6 +180,8 @@ def test_legacy_completion_is_kept_with_its_token_ids(prompt: Any):
     ]
     assert (call.prompt_token_ids, call.output_token_ids) == ([5, 6, 7], [8, 2])
     assert (call.finish_reason, call.on_policy_reason) == ("stop", "other_model")
+    assert call.has_rendered_prompt
+    assert not only(line()).has_rendered_prompt
 
 
 @pytest.mark.parametrize(

@@ -112,6 +112,13 @@ def test_export_of_several_spans_gives_each_call_and_passes_other_spans_over():
     assert kinds(lines) == ["kept", "kept", "unparsable"]
 
 
+def test_the_prompt_of_a_completion_api_is_marked_as_rendered():
+    completion = {"gen_ai__operation__name": "text_completion"}
+    assert only(changed(gen_ai__system_instructions=None, **completion)).has_rendered_prompt
+    assert not only(changed(gen_ai__system_instructions=None)).has_rendered_prompt
+    assert not only(changed(**completion)).has_rendered_prompt, "two messages are a chat"
+
+
 def test_parts_become_content_reasoning_tool_calls_and_tool_results():
     asked = {
         "role": "assistant",

@@ -7,11 +7,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dflash_data.drops import DropReason
+from dflash_data.privacy.pseudonyms import Pseudonyms
+from dflash_data.regenerate.answers import Answer, finish_record
 from dflash_data.regenerate.estimate import estimate_regeneration
 from dflash_data.regenerate.stage import regenerate
 from dflash_train.config import FeaturesDtype, RecipeConfig, ServingSampling
+from dflash_train.features.generated_row import GeneratedRow
 from dflash_train.features.store import read_index
-from dflash_train.features.target import GeneratedRow, Target
+from dflash_train.features.target import Target
 from dflash_train.records.chat_template import render_prompt
 from dflash_train.records.conversation import (
     Conversation,
@@ -269,6 +273,28 @@ def test_rows_of_redacted_and_dropped_answers_stand_in_no_shard(
     before = files(folder)
     run(config, target)
     assert files(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("thought", "outcome"), [("Hm.", None), ("Ask ana.lima@example.org.", DropReason.off_policy)]
+)
+def test_ids_with_private_reasoning_that_the_server_took_out_are_not_kept(
+    target: Target, thought: str, outcome: DropReason | None
+) -> None:
+    output = target.tokenizer(f"<think>{thought}</think>Yes.<|im_end|>").input_ids
+    answer = Answer(
+        turn=Turn(role="assistant", content="Yes."),
+        finish_reason="stop",
+        prompt_ids=[4, 5],
+        output_ids=output,
+    )
+    pseudonyms = Pseudonyms(b"the key of this test")
+    found = finish_record(ask("a0", "one"), answer, target=target, pseudonyms=pseudonyms)
+    if outcome is None:
+        assert isinstance(found, Conversation)
+        assert found.output_token_ids == output
+    else:
+        assert found is outcome
 
 
 def test_messages_of_a_turn_are_never_shared(config: RecipeConfig, target: Target) -> None:

@@ -68,6 +68,8 @@ def test_logged_prompt_is_one_raw_user_message():
     prompt = "<|im_start|>user\nIs bay 4 free?<|im_end|>\n<|im_start|>assistant\n"
     call = only(event({"text": prompt, "input_ids": None}))
     assert call.prompt == [Turn(role="user", content=prompt)]
+    assert call.has_rendered_prompt
+    assert only(event()).has_rendered_prompt
     assert (call.prompt_token_ids, call.output_token_ids) == (None, None)
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from dflash_data.drops import DropReason
 from dflash_data.ingest.stage import ingest
-from dflash_data.privacy.text_of_ids import TextOfIds, hides_text
+from dflash_data.privacy.text_of_ids import IdsFate, TextOfIds, hides_text
 from dflash_train.config import DataConfig, RecipeConfig, TargetConfig
 from dflash_train.features.target_folder import find_tokenizer_file
 from dflash_train.records.conversation import SPLITS, Conversation, Turn, read_split
@@ -90,6 +90,21 @@ def test_ids_that_are_not_the_targets_go(
     assert TextOfIds(None).reveal(hidden) is DropReason.content_missing
 
 
+@pytest.mark.parametrize(
+    ("answer", "reason"), [("Yes, bay 4 is free.", None), ("Yes.", DropReason.ids_mismatch)]
+)
+def test_an_answer_without_its_reasoning_proves_the_tokenizer_if_it_is_long(
+    text_of_ids: TextOfIds, answer: str, reason: DropReason | None
+):
+    hidden = record(prompt_of("Is bay 4 free?"), answer, has_rendered_prompt=True)
+    hidden.output_token_ids = ids_of(f"<think>Ask {EMAIL}</think>{answer}<|im_end|>")
+    assert text_of_ids.reveal(hidden) is reason
+    if reason is None:
+        assert hidden.messages[0].content == prompt_of("Is bay 4 free?")
+        assert text_of_ids.vet(hidden) is IdsFate.stripped
+        assert hidden.output_token_ids is None
+
+
 def test_records_whose_text_is_there_hide_nothing():
     open_text = record("Hi", "Yes.")
     open_text.messages[0].content = "Hi"
@@ -97,6 +112,74 @@ def test_records_whose_text_is_there_hide_nothing():
     without_ids = record("Hi", "Yes.")
     without_ids.prompt_token_ids = without_ids.output_token_ids = None
     assert not hides_text(without_ids)
+
+
+def shown(prompt: str, answer: Turn, output: str, **fields: Any) -> Conversation:
+    """Give an on-policy record whose text was logged beside ids that may say something else."""
+    defaults: dict[str, Any] = {
+        "messages": [Turn(role="user", content="Is bay 4 free?"), answer],
+        "prompt_token_ids": ids_of(prompt),
+        "output_token_ids": ids_of(output + "<|im_end|>"),
+        "on_policy": True,
+        "on_policy_reason": "match",
+    }
+    return Conversation(id="sha256:1", source="vllm_log", **(defaults | fields))
+
+
+PROMPT, YES = prompt_of("Is bay 4 free?"), Turn(role="assistant", content="Yes.")
+THINKS = Turn(role="assistant", content="Yes.", reasoning="Bay 4?")
+CALLS = Turn(role="assistant", tool_calls=[{"id": None, "name": "look", "arguments": "{}"}])
+
+
+@pytest.mark.parametrize(
+    ("answer", "prompt", "output", "fate", "reason"),
+    [
+        (YES, PROMPT, "Yes.", IdsFate.kept, "match"),
+        (YES, f"Mail {EMAIL}. {PROMPT}", "Yes.", IdsFate.hidden_text, "edited"),
+        (YES, PROMPT, f"<think>Ask {EMAIL}</think>Yes.", IdsFate.stripped, "other_thinking"),
+        (YES, PROMPT, "<think>Hm.</think>Yes.", IdsFate.stripped, "other_thinking"),
+        (YES, PROMPT, "No.", IdsFate.foreign, "other_model"),
+        (THINKS, PROMPT, "<think>Bay 4?</think>Yes.", IdsFate.kept, "match"),
+        (THINKS, PROMPT, f"<think>Bay 4? {KEY}</think>Yes.", IdsFate.hidden_text, "edited"),
+        (CALLS, PROMPT, "<call>look({})</call>", IdsFate.kept, "match"),
+        (CALLS, PROMPT, f"Ask {EMAIL} <call>look()", IdsFate.hidden_text, "edited"),
+    ],
+)
+def test_ids_stay_only_if_the_scrubber_saw_all_that_they_say(
+    text_of_ids: TextOfIds, answer: Turn, prompt: str, output: str, fate: IdsFate, reason: str
+):
+    record = shown(prompt, answer, output)
+    ids = (record.prompt_token_ids, record.output_token_ids)
+    assert text_of_ids.vet(record) is fate
+    assert (record.prompt_token_ids, record.output_token_ids) == (
+        ids if fate is IdsFate.kept else (None, None)
+    )
+    assert (record.on_policy_reason, record.on_policy) == (reason, reason == "match")
+
+
+def test_ids_without_a_reader_or_a_tokenizer_go(text_of_ids: TextOfIds, folder: Path):
+    raw = [Turn(role="user", content=PROMPT), YES]
+    rows = [
+        (text_of_ids, {"on_policy": False}, IdsFate.off_policy),
+        (text_of_ids, {"on_policy": False, "messages": raw, "has_rendered_prompt": True},
+         IdsFate.kept),
+        (text_of_ids, {"output_token_ids": [9_999]}, IdsFate.foreign),
+        (text_of_ids, {"prompt_token_ids": None, "output_token_ids": None}, IdsFate.redacted),
+        (TextOfIds(None), {}, IdsFate.undecoded),
+    ]  # fmt: skip
+    for decoder, fields, fate in rows:
+        record = shown(PROMPT, YES, "Yes.", **fields)
+        assert decoder.vet(record) is fate
+        assert (record.output_token_ids is not None) == (fate is IdsFate.kept)
+    record = shown(PROMPT, YES, "Yes.")
+    TextOfIds(None).vet(record)
+    assert record.on_policy, "a tokenizer that is not here says nothing about who wrote the answer"
+
+
+def test_a_stop_string_behind_the_answer_hides_nothing(text_of_ids: TextOfIds):
+    for behind, fate in (("##", IdsFate.kept), (f"## {EMAIL}", IdsFate.hidden_text)):
+        record = shown(PROMPT, YES, "Yes." + behind, sampling={"stop": ["##"]})
+        assert text_of_ids.vet(record) is fate
 
 
 def sglang_line(number: int, prompt: str, answer: str) -> bytes:

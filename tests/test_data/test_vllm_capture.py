@@ -1,6 +1,5 @@
 """Our side of the capture and the driver, with a stand-in where vLLM's engine would be.
 
-The stand-in gives states that are a formula of token and layer, and finishes the newest row first.
 The real engine is compared with the target in tests/end_to_end/test_vllm_features.py.
 """
 
@@ -16,51 +15,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from dflash_data.collect.vllm_capture.capture import DRIVER, LOG_NAME, VllmEngine, capture_features
+from dflash_data.collect.vllm_capture.capture import VllmEngine, capture_features
+from dflash_data.collect.vllm_capture.vllm_process import DRIVER, LOG_NAME
 from dflash_train.config import UnavailableError
 from dflash_train.features.target_weights import TargetLocation
 from dflash_train.testing import save_tiny_target
+from tests.test_data.vllm_stand_in import HIDDEN_SIZE, python_with_stand_in, stand_in_features
 
-HIDDEN_SIZE = 32
 ROWS = [[5, 6, 7, 8], [9, 10, 11], [5, 6, 7, 8], [12], [13, 14, 15, 16, 17]]
-STAND_IN = """
-import os
-import numpy
-from safetensors.numpy import save_file
-
-__version__ = "0.32.0"
-
-
-class SamplingParams:
-    def __init__(self, *, extra_args, **_):
-        self.path = extra_args["kv_transfer_params"]["hidden_states_path"]
-
-
-class LLM:
-    def __init__(self, *, speculative_config, **_):
-        extra = speculative_config["draft_model_config"]["hf_config"]
-        self.layers = numpy.array(extra["eagle_aux_hidden_state_layer_ids"], numpy.float32)
-        self.llm_engine = self.engine_core = self.scheduler = self
-        self.rows = []
-
-    def add_request(self, _name, prompt, parameters):
-        if 666 in prompt["prompt_token_ids"]:
-            raise MemoryError("no page is left")
-        self.rows.append((prompt["prompt_token_ids"], parameters.path))
-
-    def has_requests(self):
-        return bool(self.rows)
-
-    def step(self):
-        if self.rows:
-            ids, path = self.rows.pop()
-            with open(os.environ["STAND_IN_LOG"], "a") as log:
-                log.write(f"{ids[0]}\\n")
-            states = numpy.array(ids, numpy.float32)[:, None, None] + self.layers[:, None] / 100
-            states = numpy.broadcast_to(states, (len(ids), len(self.layers), 32)).copy()
-            save_file({"hidden_states": states, "token_ids": numpy.array(ids)}, path + ".partial")
-            os.replace(path + ".partial", path)
-"""
 
 
 @pytest.fixture(scope="module")
@@ -71,14 +33,7 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> TargetLocation:
 
 @pytest.fixture
 def python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An interpreter that finds the stand-in under vLLM's name."""
-    (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "vllm.py").write_text(STAND_IN)
-    monkeypatch.setenv("STAND_IN_LOG", str(tmp_path / "run.txt"))
-    path = tmp_path / "python"
-    path.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path / "site"} exec {sys.executable} "$@"\n')
-    path.chmod(0o755)
-    return path
+    return python_with_stand_in(tmp_path, monkeypatch)
 
 
 def an_engine(python: Path, target: TargetLocation, **changes: object) -> VllmEngine:
@@ -87,9 +42,7 @@ def an_engine(python: Path, target: TargetLocation, **changes: object) -> VllmEn
 
 
 def want(row: list[int]) -> Tensor:
-    """Features by the stand-in's formula, for taps 3 and 1, which vLLM calls 4 and 2."""
-    states = torch.tensor(row[:-1], dtype=torch.float32)[:, None] + torch.tensor([0.04, 0.02])
-    return torch.nn.functional.pad(states.repeat_interleave(HIDDEN_SIZE, dim=1), (0, 0, 0, 1))
+    return stand_in_features(row, [3, 1])
 
 
 @pytest.mark.parametrize("name", ["driver.py", "hidden_state_files.py"])
@@ -187,7 +140,7 @@ def test_an_engine_that_stops_is_reported_with_its_reason(
     python: Path, target: TargetLocation, tmp_path: Path
 ) -> None:
     folder, engine = tmp_path / "capture", an_engine(python, target)
-    with pytest.raises(UnavailableError, match=r"MemoryError: no page is left.* Its log is"):
+    with pytest.raises(UnavailableError, match=r"MemoryError: no page is left(.|\n)*Its log is"):
         list(capture_features([*ROWS, [666, 1, 2]], engine=engine, folder=folder))
     assert (folder / LOG_NAME).exists()
 

@@ -1,3 +1,4 @@
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,7 +11,7 @@ from dflash_data.adapters import vllm_log
 from dflash_data.adapters.log_format import Line
 from dflash_data.adapters.vllm_log import FORMAT
 from dflash_data.adapters.vllm_request import read_literal
-from dflash_data.drops import Drop
+from dflash_data.drops import Drop, UnusableError
 from dflash_train.records.conversation import Conversation, Turn
 
 PROMPT = "<|im_start|>user\nIs bay 4 free?<|im_end|>\n<|im_start|>assistant\n"
@@ -145,6 +146,18 @@ def test_texts_are_python_literals(text: str):
     assert only(body(), generated(text=text)).messages[-1].content == text
 
 
+def test_escapes_that_python_does_not_know_stay_without_a_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read_literal(r"'\d \/ \x41'") == r"\d \/ A"
+
+
+@pytest.mark.parametrize("literal", [r"'\ud83d\ude00'", r"'\uD83D\uDE00'", r"'\ud83d'"])
+def test_halves_of_a_character_are_not_joined_as_in_json(literal: str):
+    with pytest.raises(UnusableError):
+        read_literal(literal)
+
+
 def test_code_in_place_of_a_literal_is_never_run():
     line = "INFO Generated response chatcmpl-c3: output: __import__('os'), finish_reason: stop"
     assert kinds(body(), line) == ["unparsable"]
@@ -179,13 +192,41 @@ def test_tool_calls_are_read_back_from_the_text():
     ]
 
 
-def test_request_without_answer_is_kept_if_its_messages_were_logged():
+def test_request_without_answer_is_kept_if_its_messages_or_its_prompt_were_logged():
     assert only(received(), body()).on_policy_reason == "no_answer"
-    assert kinds(received(), details()) == ["content_missing"]
+    call = only(received(), details())
+    assert (call.messages, call.on_policy_reason) == (
+        [Turn(role="user", content=PROMPT)], "no_answer",
+    )  # fmt: skip
+    assert (call.prompt_token_ids, call.output_token_ids) == (None, None)
+    assert kinds(received()) == ["content_missing"]
+
+
+def test_prompt_is_marked_as_rendered_where_no_messages_were_logged():
+    assert not only(*REQUEST).has_rendered_prompt
+    without_body = (received(), details(), generated())
+    assert only(*without_body, generated_ids()).has_rendered_prompt
+    call = only(*without_body)
+    assert call.has_rendered_prompt
+    assert call.messages == [
+        Turn(role="user", content=PROMPT), Turn(role="assistant", content=TEXT)
+    ]  # fmt: skip
+    completion = f"DEBUG Request c3 JSON body: {orjson.dumps({'prompt': PROMPT}).decode()}"
+    assert only(*without_body, completion).has_rendered_prompt
 
 
 def test_further_choices_are_drops_beside_the_first():
     assert kinds(body(), generated(), generated(text="No.")) == ["kept", "extra_choice"]
+    asked = (received(params=PARAMS.replace("n=1", "n=2")), details(), body())
+    answered = (generated(), generated_ids(), generated(text="No."))
+    assert kinds(*asked, *answered) == ["kept", "extra_choice"]
+
+
+@pytest.mark.parametrize("answer", [REQUEST[3:], REQUEST[:2:-1]])
+def test_request_goes_out_with_the_last_line_of_its_only_choice(answer: tuple[str, ...]):
+    lines = iter([Line("log", line.encode()) for line in (*REQUEST[:3], *answer, *REQUEST)])
+    assert isinstance(next(FORMAT.read(lines)), Conversation)
+    assert len(list(lines)) == len(REQUEST)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ carry a message and a finish reason. Both end up in `add_answer`.
 
 from typing import Any
 
-from dflash_data.adapters.fields import find, find_count, find_object, spellings
+from dflash_data.adapters.fields import find, find_object, read_count, spellings
 from dflash_data.adapters.messages import read_message
 from dflash_data.drops import Call, Drop, DropReason, UnusableError
 from dflash_train.records.conversation import Conversation
@@ -47,12 +47,10 @@ def with_answer(call: Conversation, response: dict[str, Any]) -> list[Call]:
     choices = _read_choices(response)
     if not choices:
         return [call]
-    first = next((choice for choice in choices if find(choice, "index") in (None, 0)), None)
-    if first is None:
-        raise UnusableError(DropReason.extra_choice)
+    first = _first(choices)
     message = find_object(first, "message")
     if message is None:
-        is_fragment = find(first, "delta") is not None
+        is_fragment = first.get("delta") is not None
         raise UnusableError(
             DropReason.stream_fragment if is_fragment else DropReason.content_missing
         )
@@ -107,10 +105,10 @@ def read_usage(usage: dict[str, Any]) -> dict[str, int]:
 
 def _own_counts(usage: dict[str, Any]) -> dict[str, int]:
     counts: dict[str, int] = {}
-    for name in usage:
+    for name, value in usage.items():
         key = USAGE_KEYS.get(name)
         if key is not None and (key not in counts or key == name):
-            count = find_count(usage, name)
+            count = read_count(value)
             if count is not None:
                 counts[key] = count
     return counts
@@ -120,11 +118,18 @@ def _read_choices(response: dict[str, Any]) -> list[dict[str, Any]]:
     kind = response.get("object")
     if isinstance(kind, str) and kind.endswith(".chunk"):
         raise UnusableError(DropReason.stream_fragment)
-    if find(response, "error") is not None:
+    if response.get("error") is not None:
         raise UnusableError(DropReason.not_success)
     choices = response.get("choices")
-    if choices is None:
+    if choices is None or choices == []:
         return []
-    if not isinstance(choices, list) or not all(type(choice) is dict for choice in choices):
+    if not isinstance(choices, list) or set(map(type, choices)) != {dict}:
         raise UnusableError(DropReason.unparsable)
     return choices
+
+
+def _first(choices: list[dict[str, Any]]) -> dict[str, Any]:
+    for choice in choices:
+        if choice.get("index") in (None, 0):
+            return choice
+    raise UnusableError(DropReason.extra_choice)

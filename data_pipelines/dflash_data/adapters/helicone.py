@@ -42,7 +42,7 @@ def adapt(export: dict[str, Any], place: str) -> list[Call]:
     request = find_object(export, "request_body") or {}
     response = find_object(export, "response_body") or {}
     properties = find_object(export, "request_properties") or {}
-    messages = read_messages(find(request, "messages"))
+    messages = read_messages(request.get("messages"))
     turn = num_answers(messages)
     source_ref = find_text(export, "request_id") or find_text(response, "id")
     call = Conversation(

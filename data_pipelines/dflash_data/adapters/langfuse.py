@@ -41,16 +41,16 @@ def adapt(observation: dict[str, Any], place: str) -> list[Call]:
     Raises:
         UnusableError: It is a generation without a usable call.
     """
-    kind = find(observation, "type")
+    kind = observation.get("type")
     if kind != GENERATION:
         if isinstance(kind, str):
             return []
         raise UnusableError(DropReason.unparsable)
-    if find(observation, "level") == "ERROR":
+    if observation.get("level") == "ERROR":
         raise UnusableError(DropReason.not_success)
-    request = _read_input(find(observation, "input"))
+    request = _read_input(observation.get("input"))
     parameters = find_object(observation, "model_parameters") or {}
-    messages = read_messages(find(request, "messages"))
+    messages = read_messages(request.get("messages"))
     turn = num_answers(messages)
     source_ref = find_text(observation, "id")
     call = Conversation(
@@ -68,7 +68,7 @@ def adapt(observation: dict[str, Any], place: str) -> list[Call]:
         turn=turn,
         on_policy_reason="no_answer",
     )
-    return _with_output(call, find(observation, "output"))
+    return _with_output(call, observation.get("output"))
 
 
 def _read_input(value: Any) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def adapt(payload: dict[str, Any], place: str) -> list[Call]:
     parameters = find_object(payload, "model_parameters") or {}
     metadata = find_object(payload, "metadata") or {}
     response = _response(payload)
-    logged = find(payload, "messages")
+    logged = payload.get("messages")
     if logged == PLACEHOLDER:
         raise UnusableError(DropReason.content_missing)
     messages = read_messages(logged)
@@ -78,7 +78,7 @@ def adapt(payload: dict[str, Any], place: str) -> list[Call]:
 
 
 def _check_success(payload: dict[str, Any]) -> None:
-    status = find(payload, "status")
+    status = payload.get("status")
     if status is not None and status != "success":
         raise UnusableError(DropReason.not_success)
     if find_flag(payload, "cache_hit"):
@@ -90,7 +90,7 @@ def _check_success(payload: dict[str, Any]) -> None:
 
 
 def _response(payload: dict[str, Any]) -> dict[str, Any]:
-    response = find(payload, "response")
+    response = payload.get("response")
     if response == PLACEHOLDER:
         raise UnusableError(DropReason.content_missing)
     if response == "":

@@ -13,7 +13,6 @@ A text longer than the limit, or a whole JSON body as long, refutes what was lea
 """
 
 import re
-from collections.abc import Sequence
 
 PRINTED = re.compile(rb"max_log_len['\"]?\s*[=:]\s*(\d{1,9})\b")
 DIFFERENT_ENDS = 3
@@ -27,7 +26,7 @@ class LogCut:
         self.learned: int | None = None
         self.greatest = 0
         self.greatest_whole = 0
-        self.ends: set[object] = set()
+        self.ends: set[str] = set()
 
     def learn_from(self, line: bytes) -> None:
         """Take the limit from a line in which the server prints its arguments."""
@@ -46,17 +45,15 @@ class LogCut:
         self.greatest_whole = max(self.greatest_whole, length)
         self.greatest = max(self.greatest, length)
 
-    def see(self, text: Sequence[object]) -> int:
-        """Take a text or id list that may be cut; give its length."""
-        length = len(text)
+    def see(self, length: int, end: str) -> None:
+        """Take length and last character, or id, of a text that may be cut."""
         self._refute(length)
         if length > self.greatest:
             self.greatest, self.ends = length, set()
         if length == self.greatest > self.greatest_whole:
-            self.ends.add(text[-1])
+            self.ends.add(end)
             if len(self.ends) >= DIFFERENT_ENDS:
                 self.learned = length
-        return length
 
     def is_cut(self, length: int) -> bool:
         """Tell whether a text of this length was cut, as far as the log has told."""

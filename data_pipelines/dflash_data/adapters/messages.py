@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from dflash_data.adapters.fields import (
+    CONTAINERS,
     as_text,
     find,
     find_object,
@@ -54,6 +55,8 @@ CONSTRAINED_BY = "constrained by"
 _SETTINGS = SAMPLING_KEYS | dict.fromkeys(CONSTRAINTS, CONSTRAINED_BY)
 EXTRA_BODY = spellings(("extra_body",))
 TEMPLATE_ARGUMENTS = "chat_template_kwargs"
+NESTED_SETTINGS = frozenset((*EXTRA_BODY, *spellings((TEMPLATE_ARGUMENTS,))))
+"""One look tells whether any of these is there, which is rare."""
 PLAIN_ROLES = frozenset(ROLES) - {"tool"}
 TEXT_PARTS = ("text", "input_text", "output_text")
 
@@ -91,7 +94,8 @@ def read_message(message: Any) -> Turn:
     """
     if type(message) is not dict:
         raise UnusableError(DropReason.unparsable)
-    message = {name: value for name, value in message.items() if value is not None}
+    if len(message) > 2:
+        message = {name: value for name, value in message.items() if value is not None}
     content, role = message.get("content"), message.get("role")
     if type(role) is not str:
         raise UnusableError(DropReason.unknown_role)
@@ -153,14 +157,10 @@ def read_sampling(request: dict[str, Any]) -> dict[str, Any]:
         UnusableError: A setting is nested deeper than any real one.
     """
     found = _own_settings(request)
-    for name in EXTRA_BODY:
-        if request.get(name) is not None:
-            extra = find_object(request, name) or {}
-            found |= _own_settings(extra) | _template_settings(extra)
-    found |= _template_settings(request)
-    constraint = found.pop(CONSTRAINED_BY, None)
-    if constraint is not None:
-        found["response_format"] = {"type": constraint}
+    if not NESTED_SETTINGS.isdisjoint(request):
+        found |= _nested_settings(request)
+    if CONSTRAINED_BY in found:
+        found["response_format"] = {"type": found.pop(CONSTRAINED_BY)}
     return found
 
 
@@ -170,7 +170,7 @@ def read_tools(request: dict[str, Any]) -> list[dict[str, Any]] | None:
     Raises:
         UnusableError: They are no list of objects.
     """
-    tools = find(request, "tools")
+    tools = request.get("tools")
     if isinstance(tools, str):
         tools = parse_json(tools)
     if tools is None or tools == []:
@@ -203,8 +203,16 @@ def _own_settings(request: dict[str, Any]) -> dict[str, Any]:
             if value is not False:
                 found[key] = name
         elif key not in found or key == name:
-            found[key] = storable(value)
+            found[key] = storable(value) if type(value) in CONTAINERS else value
     return found
+
+
+def _nested_settings(request: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name in EXTRA_BODY:
+        extra = find_object(request, name) or {}
+        found |= _own_settings(extra) | _template_settings(extra)
+    return found | _template_settings(request)
 
 
 def _template_settings(request: dict[str, Any]) -> dict[str, Any]:
@@ -236,7 +244,7 @@ def _text_of_part(part: Any) -> str:
 
 def _read_tool_call(call: dict[str, Any]) -> dict[str, Any]:
     function = find_object(call, "function") or call
-    arguments = find(function, "arguments")
+    arguments = function.get("arguments")
     name = find_text(function, "name")
     if name is None:
         raise UnusableError(DropReason.unparsable)

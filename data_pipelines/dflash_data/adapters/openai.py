@@ -3,13 +3,17 @@
     {"id": "req-1", "created": 1792000800, "request": {"model": ..., "messages": [...]},
      "response": {"choices": [...]} or null}
 
+`created` may stand in the response instead; `model_revision` and `session_id`, if the gateway
+knows them, stand beside the request. Token ids that an engine returned with a chat's answer
+(`return_token_ids`) are kept: `prompt_token_ids` in the response, `token_ids` in the choice.
+
 A request that failed is a drop. A request whose answer was not logged (`response` null or
 without choices) is kept: off-policy, reason `no_answer`, so `regenerate` writes it. Such a
 log also cannot show earlier answers: there the history's assistant messages hold null.
 
 Legacy completions (`prompt`, `choices[].text`) have no messages. They are kept only with the
 engine's token ids, which then rule, and with the prompt's text, without which ids cannot be
-scrubbed: one raw user message stands for the prompt.
+scrubbed: one raw user message stands for the prompt, marked so that no template is applied to it.
 """
 
 from typing import Any
@@ -69,8 +73,8 @@ def read_pair(envelope: dict[str, Any], place: str, *, source: str) -> list[Call
     response = find_object(outer, "body") or outer
     if _has_failed(envelope) or _has_failed(outer) or _has_failed(response):
         raise UnusableError(DropReason.not_success)
-    is_legacy = find(request, "messages") is None and find(request, "prompt") is not None
-    messages = [_raw_prompt(request)] if is_legacy else read_messages(find(request, "messages"))
+    is_legacy = request.get("messages") is None and request.get("prompt") is not None
+    messages = [_raw_prompt(request)] if is_legacy else read_messages(request.get("messages"))
     turn = num_answers(messages)
     source_ref = find_text(envelope, "id", "request_id") or find_text(response, "id")
     created = find(envelope, "created", "created_at", "timestamp", "ts")
@@ -78,8 +82,9 @@ def read_pair(envelope: dict[str, Any], place: str, *, source: str) -> list[Call
         id=record_id(source, source_ref or place, turn),
         source=source,
         source_ref=source_ref,
-        ts=utc_timestamp(find(response, "created") if created is None else created),
+        ts=utc_timestamp(response.get("created") if created is None else created),
         model=find_text(response, "model") or find_text(request, "model"),
+        model_revision=find_text(envelope, "model_revision"),
         messages=messages,
         tools=read_tools(request),
         sampling=read_sampling(request),
@@ -87,14 +92,20 @@ def read_pair(envelope: dict[str, Any], place: str, *, source: str) -> list[Call
         session=_read_session(envelope, request),
         tenant=find_text(request, "user"),
         turn=turn,
+        has_rendered_prompt=is_legacy,
         on_policy_reason="no_answer",
     )
-    return _with_text_answer(call, response) if is_legacy else with_answer(call, response)
+    if is_legacy:
+        return _with_text_answer(call, response)
+    calls = with_answer(call, response)
+    if response.get("prompt_token_ids") is not None:
+        _add_token_ids(call, response)
+    return calls
 
 
 def recognises(envelope: dict[str, Any]) -> bool:
     """Tell whether an object is a pair; one with Helicone's own keys is Helicone's."""
-    if find(envelope, "request") is not None:
+    if envelope.get("request") is not None:
         return True
     return find(envelope, "request_body") is not None and find(envelope, *HELICONE_KEYS) is None
 
@@ -103,7 +114,7 @@ FORMAT = LogFormat(name=SOURCE, read=per_line(adapt), recognises=recognises)
 
 
 def _raw_prompt(request: dict[str, Any]) -> Turn:
-    prompt = find(request, "prompt")
+    prompt = request.get("prompt")
     if isinstance(prompt, list) and len(prompt) == 1:
         (prompt,) = prompt
     if not isinstance(prompt, str):
@@ -111,13 +122,24 @@ def _raw_prompt(request: dict[str, Any]) -> Turn:
     return Turn(role="user", content=prompt)
 
 
+def _add_token_ids(call: Conversation, response: dict[str, Any]) -> None:
+    """Take the ids that `return_token_ids` (vLLM, our own `serve`) puts beside a chat's answer."""
+    first = _first_choice(response.get("choices") or [])
+    call.prompt_token_ids = read_token_ids(response["prompt_token_ids"])
+    call.output_token_ids = read_token_ids(first.get("token_ids"))
+
+
+def _first_choice(choices: list[dict[str, Any]]) -> dict[str, Any]:
+    return next((choice for choice in choices if choice.get("index") in (None, 0)), {})
+
+
 def _with_text_answer(call: Conversation, response: dict[str, Any]) -> list[Call]:
     """Add the text and the token ids of a legacy completion's first choice."""
-    choices = find(response, "choices")
+    choices = response.get("choices")
     if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
         raise UnusableError(DropReason.content_missing)
-    first = next((choice for choice in choices if find(choice, "index") in (None, 0)), {})
-    text = find(first, "text")
+    first = _first_choice(choices)
+    text = first.get("text")
     prompt_ids = find(first, "prompt_token_ids") or find(response, "prompt_token_ids")
     call.prompt_token_ids = read_token_ids(prompt_ids)
     call.output_token_ids = read_token_ids(find(first, "token_ids", "output_token_ids"))
@@ -143,7 +165,7 @@ def _read_session(envelope: dict[str, Any], request: dict[str, Any]) -> str | No
 def _has_failed(mapping: dict[str, Any]) -> bool:
     if FAILURE_KEYS.isdisjoint(mapping):
         return False
-    if find(mapping, "error") is not None:
+    if mapping.get("error") is not None:
         return True
     status = find(mapping, *STATUS_NAMES)
     if isinstance(status, (int, float)):

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from dflash_data.adapters import openai
-from dflash_data.adapters.fields import find, find_text, parse_object
+from dflash_data.adapters.fields import find_text, parse_object
 from dflash_data.adapters.log_format import Line, LogFormat
 from dflash_data.adapters.waiting_lines import WaitingLines
 from dflash_data.drops import Call, Drop, DropReason, UnusableError
@@ -34,7 +34,7 @@ def read(lines: Iterable[Line]) -> Iterator[Call]:
                 yield Drop(unusable.reason)
         for waiting in (requests, answers):
             for line in waiting.drain():
-                yield from _call_of(line, None)
+                yield from _call_of_one_side(line)
 
 
 def recognises(row: dict[str, Any]) -> bool:
@@ -44,7 +44,7 @@ def recognises(row: dict[str, Any]) -> bool:
 
 def is_request(row: dict[str, Any]) -> bool:
     """Tell whether a line of a batch is of its input."""
-    return find(row, "body") is not None
+    return row.get("body") is not None
 
 
 FORMAT = LogFormat(
@@ -58,27 +58,33 @@ def _join(line: Line, requests: WaitingLines, answers: WaitingLines) -> list[Cal
     custom_id = find_text(row, "custom_id")
     if custom_id is None:
         raise UnusableError(DropReason.unparsable)
-    own, other = (requests, answers) if is_request(row) else (answers, requests)
+    is_asked = is_request(row)
+    own, other = (requests, answers) if is_asked else (answers, requests)
     partner = other.take(custom_id)
     if partner is not None:
-        return _call_of(line, partner)
+        other_row = parse_object(partner.text)
+        request, answer = (row, other_row) if is_asked else (other_row, row)
+        return _call_of(request, answer, line.place)
     return [] if own.put(custom_id, line) else [Drop(DropReason.content_missing)]
 
 
-def _call_of(line: Line | None, partner: Line | None) -> list[Call]:
-    """Give the call of one or both sides; no line stands for an id that several lines had."""
+def _call_of_one_side(line: Line | None) -> list[Call]:
+    """Give the call of a line without partner; no line stands for an id that several had."""
     if line is None:
         return [Drop(DropReason.content_missing)]
     try:
-        rows = [parse_object(side.text) for side in (line, partner) if side is not None]
-        request = next((row for row in rows if is_request(row)), {})
-        answer = next((row for row in rows if not is_request(row)), {})
-        pair = {
-            "id": find(answer, "id"),
-            "request": find(request, "body"),
-            "response": find(answer, "response"),
-            "error": find(answer, "error"),
-        }
-        return openai.read_pair(pair, line.place, source=SOURCE)
+        row = parse_object(line.text)
+        request, answer = (row, {}) if is_request(row) else ({}, row)
+        return _call_of(request, answer, line.place)
     except UnusableError as unusable:
         return [Drop(unusable.reason)]
+
+
+def _call_of(request: dict[str, Any], answer: dict[str, Any], place: str) -> list[Call]:
+    pair = {
+        "id": answer.get("id"),
+        "request": request.get("body"),
+        "response": answer.get("response"),
+        "error": answer.get("error"),
+    }
+    return openai.read_pair(pair, place, source=SOURCE)

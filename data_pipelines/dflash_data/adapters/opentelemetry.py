@@ -39,13 +39,16 @@ from dflash_data.drops import Call, Drop, DropReason, UnusableError
 from dflash_train.records.conversation import Conversation
 
 SOURCE = "opentelemetry"
-CHAT_OPERATIONS = ("chat", "generate_content", "text_completion")
+TEXT_COMPLETION = "text_completion"
+CHAT_OPERATIONS = ("chat", "generate_content", TEXT_COMPLETION)
 CALL_MARKS = ("gen_ai.request.model", "gen_ai.prompt.0.role", "llm.model_name")
 """Attributes that only model calls carry, for dialects that name no operation."""
 FAILED_CODES = (2, "2", "STATUS_CODE_ERROR", "ERROR", "Error")
 START_TIMES = ("start_time_unix_nano", "start_time", "time_unix_nano", "timestamp")
-REQUEST = "gen_ai.request."
-SETTINGS = SAMPLING_KEYS | {"stop_sequences": "stop", "choice.count": "n"}
+SETTINGS = {
+    f"gen_ai.request.{name}": key
+    for name, key in (SAMPLING_KEYS | {"stop_sequences": "stop", "choice.count": "n"}).items()
+}
 USAGE_NAMES = {
     "gen_ai.usage.input_tokens": "prompt_tokens",
     "gen_ai.usage.prompt_tokens": "prompt_tokens",
@@ -98,9 +101,9 @@ def _calls(span: Any, place: str, waiting: Waiting) -> list[Call]:
     try:
         if type(span) is not dict:
             raise UnusableError(DropReason.unparsable)
-        span_id = find_text(span, "span_id")
+        span_id = find_text(span, "span_id") if waiting else None
         if span_id in waiting:
-            events = find(span, "events") or []
+            events = span.get("events") or []
             span = {**span, "events": [*events, *waiting.pop(span_id)["events"]]}
         return adapt(span, place)
     except UnusableError as unusable:
@@ -143,6 +146,7 @@ def adapt(span: dict[str, Any], place: str) -> list[Call]:
         session=_first_text(attributes, "gen_ai.conversation.id", "session.id"),
         tenant=_first_text(attributes, "user.id", "enduser.id"),
         turn=turn,
+        has_rendered_prompt=_is_text_completion(attributes) and len(messages) == 1,
         on_policy_reason="no_answer",
     )
     if not answers:
@@ -203,14 +207,19 @@ def _is_call(span: dict[str, Any], attributes: dict[str, Any]) -> bool:
         return kind == "LLM"
     if any(mark in attributes for mark in CALL_MARKS):
         return True
-    events = find(span, "events")
+    events = span.get("events")
     return isinstance(events, list) and any(
         isinstance(event, dict) and event_name(event) in MESSAGE_EVENTS for event in events
     )
 
 
+def _is_text_completion(attributes: dict[str, Any]) -> bool:
+    """Say whether a completion API was called: its one message is the prompt as it was fed."""
+    return attributes.get("gen_ai.operation.name") == TEXT_COMPLETION
+
+
 def _has_failed(span: dict[str, Any], attributes: dict[str, Any]) -> bool:
-    status = find(span, "status")
+    status = span.get("status")
     code = find(status, "code", "status_code") if isinstance(status, dict) else status
     code = find(span, "status_code") if code is None else code
     return code in FAILED_CODES or attributes.get("error.type") is not None
@@ -220,23 +229,21 @@ def _sampling(attributes: dict[str, Any]) -> dict[str, Any]:
     invocation = attributes.get("llm.invocation_parameters")
     sampling = read_sampling(parse_object(invocation)) if isinstance(invocation, str) else {}
     for name, value in attributes.items():
-        if name.startswith(REQUEST):
-            key = SETTINGS.get(name[len(REQUEST) :])
-            if key is not None and value is not None:
-                sampling[key] = storable(read_number(value))
+        key = SETTINGS.get(name)
+        if key is not None and value is not None:
+            sampling[key] = storable(read_number(value))
     if attributes.get("gen_ai.output.type") not in (None, "text"):
         sampling.setdefault("response_format", {"type": storable(attributes["gen_ai.output.type"])})
     return sampling
 
 
 def _usage(attributes: dict[str, Any]) -> dict[str, int]:
-    return read_usage(
-        {
-            key: attributes[name]
-            for name, key in USAGE_NAMES.items()
-            if attributes.get(name) is not None
-        }
-    )
+    logged = {
+        key: attributes[name]
+        for name, key in USAGE_NAMES.items()
+        if name in attributes and attributes[name] is not None
+    }
+    return read_usage(logged)
 
 
 def _first_text(attributes: dict[str, Any], *names: str) -> str | None:

@@ -6,8 +6,9 @@
 
 Only finished requests are calls; the server's other output in the same file is passed over.
 The log has no message list: the prompt stands as one raw user message, empty if only its ids
-were logged, and the ids rule. Level 2 cuts long values in the middle, levels 0 and 1 leave
-them out.
+were logged, and the ids rule; it is marked as rendered, so that no template is put around it. Nor
+does the log name a model: see `data.served_model`. Level 2 cuts long values in the middle, levels
+0 and 1 leave them out.
 """
 
 from collections.abc import Iterable, Iterator
@@ -73,6 +74,7 @@ def adapt(event: dict[str, Any], place: str) -> list[Call]:
             prompt_token_ids=prompt_ids if has_ids else None,
             output_token_ids=output_ids if has_ids else None,
             served_acceptance_length=_acceptance_length(meta),
+            has_rendered_prompt=True,
             on_policy_reason="other_model",
         )
     ]

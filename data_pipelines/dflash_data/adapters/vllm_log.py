@@ -11,8 +11,10 @@ before the message (time, process, colours) is passed over, and so is any other 
 line has the bare id, the others `chatcmpl-` before it. vLLM's own prefix has no year, so `ts`
 is known only where something else put a full time before the line.
 
-Open requests alone are held: a request goes out a few answers after its own, since the answer
-and its ids come in either order. One that never ends goes out when too many are open.
+Open requests alone are held: a request goes out when its only choice and the ids of that have
+come, in either order. Where the log has no ids or several choices, nothing says which line is the
+last: such a request goes out a few answers after its own, one that never ends when too many are
+open.
 """
 
 import re
@@ -26,7 +28,7 @@ from dflash_data.adapters.vllm_request import VllmRequest, add_message
 from dflash_data.drops import Call, Drop, DropReason, UnusableError
 
 MESSAGE = re.compile(
-    rb"(?P<verb>Received request|Request|Generated response) (?P<id>\S+?)"
+    rb"(?P<verb>Received request|Request|Generated response) (?P<id>\S+)"
     rb"(?: \(streaming (?P<stream>delta|complete)\))?(?P<detail> details| JSON body)?: "
 )
 ENDED = re.compile(rb"(?:Request (\S+) (?:aborted|failed)|Aborted request (\S+?)\.)")
@@ -74,19 +76,23 @@ class _Requests:
         if request is not None:
             request.unusable = DropReason.not_success
 
-    def add(self, found: re.Match[bytes], line: Line) -> Iterator[Call]:
-        """Add one line to its request; yield what is complete by now."""
+    def add(self, found: re.Match[bytes], line: Line) -> list[Call]:
+        """Add one line to its request; give what is complete by now."""
         key = _join_key(found["id"])
         request = self.answered.get(key) or self.open.get(key)
         if request is None:
             request = self.open[key] = VllmRequest(key=key, ts=_time(line.text, found.start()))
-        add_message(request, found, line.text[found.end() :], self.cut)
+        add_message(request, found, memoryview(line.text)[found.end() :], self.cut)
+        if request.is_complete:
+            del (self.open if key in self.open else self.answered)[key]
+            return self._finish(request)
         if request.output is not None and key in self.open:
             self.answered[key] = self.open.pop(key)
         if len(self.answered) > MAX_ANSWERED:
-            yield from self._finish(self.answered.popitem(last=False)[1])
+            return self._finish(self.answered.popitem(last=False)[1])
         if len(self.open) > MAX_OPEN:
-            yield from self._finish(self.open.popitem(last=False)[1])
+            return self._finish(self.open.popitem(last=False)[1])
+        return []
 
     def rest(self) -> Iterator[Call]:
         """Yield what is left at the end of the log."""
@@ -95,7 +101,7 @@ class _Requests:
         for request in self.suspects:
             yield from _calls(request, self.cut)
 
-    def _finish(self, request: VllmRequest) -> Iterator[Call]:
+    def _finish(self, request: VllmRequest) -> list[Call]:
         if self.cut.is_suspect(request.longest):
             self.suspects.append(request)
             decided, self.suspects = (
@@ -106,8 +112,7 @@ class _Requests:
             is_decided = bool(self.suspects) and not self.cut.is_suspect(self.suspects[0].longest)
             decided = [*self.suspects, request] if is_decided else [request]
             self.suspects = [] if is_decided else self.suspects
-        for one in decided:
-            yield from _calls(one, self.cut)
+        return [call for one in decided for call in _calls(one, self.cut)]
 
 
 def _calls(request: VllmRequest, cut: LogCut) -> list[Call]:

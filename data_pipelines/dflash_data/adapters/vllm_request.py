@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -11,7 +12,7 @@ from typing import Any
 import orjson
 
 from dflash_data.adapters.completion import read_finish_reason
-from dflash_data.adapters.fields import find_text, parse_json, parse_object, read_number, record_id
+from dflash_data.adapters.fields import find_text, parse_object, read_number, record_id
 from dflash_data.adapters.log_cut import LogCut
 from dflash_data.adapters.messages import (
     SAMPLING_ALIASES,
@@ -20,7 +21,7 @@ from dflash_data.adapters.messages import (
     read_sampling,
     read_tools,
 )
-from dflash_data.adapters.token_ids import read_token_ids
+from dflash_data.adapters.token_ids import parse_token_ids
 from dflash_data.drops import DropReason, UnusableError
 from dflash_train.records.conversation import Conversation, Turn
 
@@ -28,14 +29,16 @@ SOURCE = "vllm_log"
 LITERAL = r"""(?:'[^'\\]*(?:\\.[^'\\]*)*'|"[^"\\]*(?:\\.[^"\\]*)*")"""
 """A string as Python's repr writes it."""
 ANY_LITERAL = re.compile(LITERAL)
-PROMPT = re.compile(rf"prompt: (?:None|(?P<text>{LITERAL})), ")
-OUTPUT = re.compile(rf"output: (?P<text>{LITERAL})(?=, )")
+PROMPT = "prompt: "
+NO_PROMPT = "prompt: None, "
+OUTPUT = "output: "
 PARAMS = re.compile(r"params: (?=\w+\()")
 PARAMS_ENDS = ("), prompt_token_ids: ", "), lora_request: ")
 SETTING = re.compile(r"\b(\w+)=(-?\d[\d.e+-]*)[,)]")
 SETTINGS = frozenset(SAMPLING_ALIASES)
 STOP = re.compile(rf"\bstop=(\[{LITERAL}(?:, {LITERAL})*\])")
 CONSTRAINT = re.compile(r"\b(?:structured_outputs|guided_decoding)=(?!None)\w")
+QUOTES = ("'", '"')
 PROMPT_IDS = "prompt_token_ids: "
 OUTPUT_IDS = "output_token_ids: "
 SEPARATOR = ", "
@@ -58,9 +61,10 @@ class VllmRequest:
     body: dict[str, Any] | None = None
     params: str = ""
     prompt: str | None = None
-    prompt_ids: list[int] | None = None
+    prompt_ids: str = ""
+    """As logged, like the ids of the answer: numbers would take ten times the space."""
     output: str | None = None
-    output_ids: list[int] | None = None
+    output_ids: str = ""
     finish_reason: str | None = None
     adapter: str | None = None
     num_further: int = 0
@@ -68,6 +72,11 @@ class VllmRequest:
     longest: int = 0
     """Length of the longest text or id list, in characters or ids."""
     unusable: DropReason | None = None
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing is to come: the only choice is there, with its ids."""
+        return bool(self.output and self.output_ids) and read_params(self.params).get("n") == 1
 
     def conversation(self, cut: LogCut) -> Conversation:
         """Give the record of this request.
@@ -77,14 +86,17 @@ class VllmRequest:
         """
         if self.unusable is not None:
             raise UnusableError(self.unusable)
+        prompt_ids = parse_token_ids(self.prompt_ids)
+        output_ids = parse_token_ids(self.output_ids)
         if self.longest and cut.is_cut(self.longest):
             raise UnusableError(DropReason.truncated_log)
         body = self.body or {}
         answer = None if self.output is None else read_answer(self.output)
-        has_ids = bool(answer and self.prompt_ids and self.output_ids)
-        if "messages" in body:
+        has_ids = bool(answer and prompt_ids and output_ids)
+        is_rendered = "messages" not in body
+        if not is_rendered:
             messages = read_messages(body["messages"])
-        elif has_ids:
+        elif has_ids or (self.prompt and prompt_ids):
             messages = [Turn(role="user", content=self.prompt or "")]
         else:
             raise UnusableError(DropReason.content_missing)
@@ -100,21 +112,20 @@ class VllmRequest:
             tools=read_tools(body),
             sampling=read_sampling(body) | dict(read_params(self.params)),
             finish_reason=self.finish_reason if answer else None,
-            usage=self._usage(),
+            usage=_usage(prompt_ids, output_ids),
             session=find_text(body, "session_id"),
             tenant=find_text(body, "user"),
             turn=turn,
-            prompt_token_ids=self.prompt_ids if has_ids else None,
-            output_token_ids=self.output_ids if has_ids else None,
+            prompt_token_ids=prompt_ids if has_ids else None,
+            output_token_ids=output_ids if has_ids else None,
+            has_rendered_prompt=is_rendered,
             on_policy_reason="other_model" if answer else "no_answer",
         )
 
-    def _usage(self) -> dict[str, int]:
-        counts = {"prompt_tokens": self.prompt_ids, "completion_tokens": self.output_ids}
-        return {name: len(ids) for name, ids in counts.items() if ids}
 
-
-def add_message(request: VllmRequest, found: re.Match[bytes], text: bytes, cut: LogCut) -> None:
+def add_message(
+    request: VllmRequest, found: re.Match[bytes], text: memoryview, cut: LogCut
+) -> None:
     """Add what one line tells; a line that cannot be read makes the request unusable.
 
     Args:
@@ -124,7 +135,7 @@ def add_message(request: VllmRequest, found: re.Match[bytes], text: bytes, cut: 
         cut: Learns from the lengths.
     """
     try:
-        message = text.decode()
+        message = str(text, "utf-8")
         if found["verb"] == b"Generated response":
             _add_response(request, message, cut)
         elif found["detail"] == b" JSON body":
@@ -149,7 +160,9 @@ def read_literal(literal: str) -> str:
     if text is not None:
         return text
     try:
-        text = ast.literal_eval(literal)
+        with warnings.catch_warnings():  # of escapes that Python does not know, which stay
+            warnings.simplefilter("ignore")
+            text = ast.literal_eval(literal)
         text.encode()
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         raise UnusableError(DropReason.unparsable) from None
@@ -159,17 +172,33 @@ def read_literal(literal: str) -> str:
 def _read_like_json(literal: str) -> str | None:
     """Give the text of a literal whose escapes mean the same in JSON; None for any other.
 
-    That is ten times as fast as Python's parser. Python's `repr` escapes no double quote between
-    single ones, and single ones by one backslash.
+    That is ten times as fast as Python's parser.
     """
-    if literal[0] != "'" or "\\u" in literal or "\\/" in literal:
-        return None
-    inner = literal[1:-1].replace("\\'", "'").replace('"', '\\"')
     try:
-        text = orjson.loads(f'"{inner}"')
+        text = _json_text(literal)
     except orjson.JSONDecodeError:
         return None
-    return text
+    # JSON alone escapes a slash and joins surrogates; the first tests are there for their speed.
+    is_slash_escaped = "/" in text and "\\/" in literal
+    is_unicode_escaped = not text.isascii() and "\\u" in literal
+    return None if is_slash_escaped or is_unicode_escaped else text
+
+
+def _json_text(literal: str) -> str:
+    """Read a literal as if it were JSON.
+
+    Python's `repr` escapes no double quote between single ones, and single ones by one backslash.
+
+    Raises:
+        orjson.JSONDecodeError: It has escapes that JSON does not know.
+    """
+    inner = literal[1:-1] if literal[0] == '"' else literal[1:-1].replace('"', '\\"')
+    try:
+        return orjson.loads(f'"{inner}"')
+    except orjson.JSONDecodeError:
+        pieces = inner.split("\\\\")  # what follows an escaped backslash is no escape
+        known = [one.replace("\\'", "'").replace("\\x", "\\u00") for one in pieces]
+        return orjson.loads('"' + "\\\\".join(known) + '"')
 
 
 def read_answer(text: str) -> Turn | None:
@@ -204,6 +233,11 @@ def read_params(params: str) -> Mapping[str, Any]:
     return sampling
 
 
+def _usage(prompt_ids: list[int], output_ids: list[int]) -> dict[str, int]:
+    counts = {"prompt_tokens": len(prompt_ids), "completion_tokens": len(output_ids)}
+    return {name: count for name, count in counts.items() if count}
+
+
 def _add_body(request: VllmRequest, message: str, cut: LogCut) -> None:
     message = message.rstrip()
     try:
@@ -219,15 +253,14 @@ def _add_body(request: VllmRequest, message: str, cut: LogCut) -> None:
 def _add_prompt(request: VllmRequest, message: str, cut: LogCut) -> None:
     """Read prompt, parameters, ids and adapter: all in one line, or in two lines of their own."""
     start = 0
-    if message.startswith("prompt: ") and request.body is None:
-        prompt = PROMPT.match(message)
-        if prompt is None:
-            raise UnusableError(DropReason.unparsable)
-        start = prompt.end()
-        if prompt["text"] is not None:
-            request.prompt = read_literal(prompt["text"])
-            _note_length(request, cut, request.prompt)
-    elif message.startswith("prompt: "):
+    if message.startswith(NO_PROMPT):
+        start = len(NO_PROMPT)
+    elif message.startswith(PROMPT) and request.body is None:
+        literal = _literal_after(PROMPT, message)
+        start = len(PROMPT) + len(literal) + len(SEPARATOR)
+        request.prompt = read_literal(literal)
+        _note_text(request, cut, request.prompt)
+    elif message.startswith(PROMPT):
         # Nobody needs the prompt beside the body; only numbers follow the ids.
         start = max(0, message.rfind(PROMPT_IDS))
     params = PARAMS.match(message, start)
@@ -240,46 +273,68 @@ def _add_prompt(request: VllmRequest, message: str, cut: LogCut) -> None:
     ids = _read_ids(message, PROMPT_IDS, start)
     if ids:
         request.prompt_ids = ids
-        _note_length(request, cut, ids)
+        _note_ids(request, cut, ids)
 
 
 def _add_response(request: VllmRequest, message: str, cut: LogCut) -> None:
-    output = OUTPUT.match(message)
-    if output is None and message.startswith("output: "):
-        raise UnusableError(DropReason.unparsable)
-    if output and request.output is not None:
-        request.num_further += 1
-        return
-    if output:
-        request.output = read_literal(output["text"])
-        _note_length(request, cut, request.output)
-        reason = FINISH_REASON.search(message, output.end())
+    if message.startswith(OUTPUT):
+        literal = _literal_after(OUTPUT, message)
+        if request.output is not None:
+            request.num_further += 1
+            return
+        request.output = read_literal(literal)
+        _note_text(request, cut, request.output)
+        start = len(OUTPUT) + len(literal)
+        reason = FINISH_REASON.search(message, start)
         if reason and reason[1] not in NOT_LOGGED:
             request.finish_reason = read_finish_reason(reason[1])
-    ids = _read_ids(message, OUTPUT_IDS, output.end() if output else 0)
-    if ids and request.output_ids is None:
+    else:
+        start = 0
+    ids = _read_ids(message, OUTPUT_IDS, start)
+    if ids and not request.output_ids:
         request.output_ids = ids
-        _note_length(request, cut, ids)
+        _note_ids(request, cut, ids)
 
 
-def _read_ids(message: str, name: str, start: int) -> list[int] | None:
-    """Read the list or tuple of ids that stands under a name, first thing from `start` on."""
+def _literal_after(name: str, message: str) -> str:
+    """Give the literal of the first field of a message; further fields follow it.
+
+    Raises:
+        UnusableError: There is none, or its end is missing.
+    """
+    start = len(name)
+    quote = message[start : start + 1]
+    end = message.find(quote, start + 1) + 1 if quote in QUOTES else 0
+    if end and message[end - 2] == "\\":  # the quote may be escaped
+        found = ANY_LITERAL.match(message, start)
+        end = found.end() if found else 0
+    if not end or not message.startswith(SEPARATOR, end):
+        raise UnusableError(DropReason.unparsable)
+    return message[start:end]
+
+
+def _read_ids(message: str, name: str, start: int) -> str:
+    """Find the ids that stand under a name, first thing from `start` on; empty if none do."""
     start += len(SEPARATOR) if message.startswith(SEPARATOR, start) else 0
     if not message.startswith(name, start):
-        return None
+        return ""
     start += len(name)
     bracket = message[start : start + 1]
     end = message.find(CLOSING[bracket], start) if bracket in CLOSING else -1
-    if end < 0:
-        return None
-    # Whole numbers are the same text in Python and JSON; a tuple of one has a comma more.
-    return read_token_ids(parse_json(f"[{message[start + 1 : end].rstrip(', ')}]"))
+    # A tuple of one has a comma more.
+    return message[start + 1 : max(start, end)].rstrip(", ")
 
 
-def _note_length(request: VllmRequest, cut: LogCut, text: str | list[int]) -> None:
+def _note_text(request: VllmRequest, cut: LogCut, text: str) -> None:
     if text:
-        length = cut.see(text)
-        request.longest = max(request.longest, length)
+        cut.see(len(text), text[-1])
+        request.longest = max(request.longest, len(text))
+
+
+def _note_ids(request: VllmRequest, cut: LogCut, ids: str) -> None:
+    num_ids = ids.count(",") + 1
+    cut.see(num_ids, ids[ids.rfind(",") + 1 :])
+    request.longest = max(request.longest, num_ids)
 
 
 def _tool_calls(text: str) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ second report within one trace is a duplicate, unless the completions have ids t
 import re
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from hashlib import sha256
 from typing import Any
 
@@ -55,13 +56,13 @@ def adapt(call: dict[str, Any], place: str) -> list[Call]:
     operation = find(call, "op_name")
     if not isinstance(operation, str):
         raise UnusableError(DropReason.unparsable)
-    if not CHAT_OPERATION.search(operation):
+    if not _is_chat(operation):
         return []
-    if find(call, "exception") is not None:
+    if call.get("exception") is not None:
         raise UnusableError(DropReason.not_success)
     request = find_object(call, "inputs") or {}
     response = find_object(call, "output") or {}
-    messages = read_messages(find(request, "messages"))
+    messages = read_messages(request.get("messages"))
     turn = num_answers(messages)
     source_ref = find_text(call, "id")
     record = Conversation(
@@ -119,6 +120,12 @@ def _is_repeat(
     if len(reported) > MAX_REMEMBERED:
         reported.popitem(last=False)
     return False
+
+
+@lru_cache(maxsize=1024)
+def _is_chat(operation: str) -> bool:
+    """Tell whether an operation is a chat completion; a trace has few different ones."""
+    return CHAT_OPERATION.search(operation) is not None
 
 
 def _usage(call: dict[str, Any], response: dict[str, Any]) -> dict[str, int]:

@@ -4,9 +4,11 @@
 
 Tokens and disk are counted, since planning renders every call. Time and memory are measured: a few
 batches from the shortest to the longest go through the target as they would, and what they took per
-token stands for all. Nothing stays on disk.
+token stands for all. Where vLLM runs the target, it is asked for its release and not started: then
+time and memory stay unknown. Nothing stays on disk.
 """
 
+import functools
 import resource
 import sys
 import tempfile
@@ -17,12 +19,13 @@ from pathlib import Path
 
 import torch
 
-from dflash_data.collect.forward import compute_batch, stored_token_bytes
+from dflash_data.collect.forward import FeatureReader, PlannedBatch
 from dflash_data.collect.plan import CollectionPlan
-from dflash_data.collect.stage import splits_to_collect
-from dflash_train.config import DataConfig, RecipeConfig
+from dflash_data.collect.stage import open_reader, splits_to_collect
+from dflash_data.collect.vllm_reader import engine_versions
+from dflash_train.config import CollectEngine, RecipeConfig
 from dflash_train.features.shard import write_encoded
-from dflash_train.features.target import Target
+from dflash_train.features.target_text import WrittenTarget
 from dflash_train.records.manifest import file_hash
 
 _SAMPLED_BATCHES = 4
@@ -44,20 +47,29 @@ class CollectionEstimate:
     token_bytes: int = 0
     """Stored bytes of one token."""
     disk_bytes: int = 0
-    memory_bytes: int = 0
-    """Peak of this process, in main memory, and on a GPU if there is one, together."""
-    seconds: float = 0.0
-    """On one process like this one; planning apart."""
+    """Of the features, and of those on their way from vLLM."""
+    memory_bytes: int | None = None
+    """Peak of this process, in main memory, and on a GPU if there is one, together; None where
+    vLLM runs the target."""
+    seconds: float | None = None
+    """On one process like this one, planning apart; None where vLLM runs the target."""
+    vllm_version: str | None = None
+    """Release of the vLLM that runs the target; None where this process does."""
 
     def lines(self) -> list[str]:
         """Give it as lines to print."""
-        return [
+        lines = [
             f"calls: {self.num_calls} to read, {self.num_linked} linked from regenerate",
             f"tokens: {self.num_tokens} in {self.num_rows} rows",
             f"disk: {self.disk_bytes} bytes, {self.token_bytes} a token",
-            f"memory: {self.memory_bytes} bytes",
-            f"time: {self.seconds:.0f} s on one process",
         ]
+        if self.memory_bytes is not None:
+            lines.append(f"memory: {self.memory_bytes} bytes")
+        if self.seconds is not None:
+            lines.append(f"time: {self.seconds:.0f} s on one process")
+        if self.vllm_version is not None:
+            lines.append(f"engine: vLLM {self.vllm_version}, whose memory and time are not known")
+        return lines
 
 
 @dataclass(kw_only=True)
@@ -67,32 +79,43 @@ class _Sample:
     seconds: float = 0.0
     num_tokens: int = 0
 
+    def seconds_for(self, num_tokens: int) -> float:
+        """Give what so many tokens would take; 0 where nothing had to be sampled."""
+        return num_tokens * self.seconds / self.num_tokens if self.num_tokens else 0.0
+
 
 def plan_collection(
-    config: RecipeConfig, *, load_target: Callable[[], Target]
+    config: RecipeConfig, *, load_target: Callable[[], WrittenTarget]
 ) -> CollectionEstimate:
     """Plan a collection in a temporary folder and measure a sample of it.
 
     Args:
         config: The recipe; `conversations` and `regenerated` of the run folder are read.
-        load_target: Loads the target; called only if an answer has to run through it.
+        load_target: Loads the target; called only if an answer has to run through it. Where vLLM
+            runs it, its tokenizer is enough.
     """
+    in_process = config.data.collect_engine is not CollectEngine.vllm
+    load_reader = functools.cache(lambda: open_reader(config, load_target()))
     estimate = CollectionEstimate()
     sample = _Sample()
     for split in splits_to_collect(config, key="dry-run"):
         estimate.num_linked += len(split.linked_lines)
         if not split.has_answers():
             continue
-        target = load_target()
-        estimate.token_bytes = stored_token_bytes(target, config.data)
+        reader = load_reader()
+        estimate.token_bytes = reader.token_bytes
         with tempfile.TemporaryDirectory(prefix="dflash-plan-") as name:
-            plan = split.make_plan(Path(name) / "plan", target)
+            plan = split.make_plan(Path(name) / "plan", reader)
             _add(estimate, plan)
-            _measure(sample, plan, Path(name) / "shard", target=target, data=config.data)
-    largest = min(config.data.shard_bytes, estimate.disk_bytes)
-    estimate.memory_bytes = _peak_memory() + _SHARD_COPIES * largest
-    if sample.num_tokens:
-        estimate.seconds = estimate.num_tokens * sample.seconds / sample.num_tokens
+            if in_process:
+                _measure(sample, plan, Path(name) / "shard", reader)
+    if in_process:
+        largest = min(config.data.shard_bytes, estimate.disk_bytes)
+        estimate.memory_bytes = _peak_memory() + _SHARD_COPIES * largest
+        estimate.seconds = sample.seconds_for(estimate.num_tokens)
+    elif estimate.num_calls:
+        estimate.disk_bytes += load_reader().scratch_bytes(estimate.num_tokens)
+        estimate.vllm_version = engine_versions(config.data)["vllm"]
     return estimate
 
 
@@ -104,22 +127,21 @@ def _add(estimate: CollectionEstimate, plan: CollectionPlan) -> None:
         estimate.disk_bytes += shard.num_bytes
 
 
-def _measure(
-    sample: _Sample, plan: CollectionPlan, path: Path, *, target: Target, data: DataConfig
-) -> None:
+def _measure(sample: _Sample, plan: CollectionPlan, path: Path, reader: FeatureReader) -> None:
     """Compute, write and hash a few batches, spread over the lengths, the longest one included."""
-    batches = [batch for shard in plan.shards for batch in shard.batches]
-    if not batches:
+    places = [batch for shard in plan.shards for batch in shard.batches]
+    if not places:
         return
-    compute_batch(plan, batches[0], target=target, data=data)  # the first pass of all is slower
-    step = max(1, len(batches) // _SAMPLED_BATCHES)
-    for batch in batches[::-1][::step][:_SAMPLED_BATCHES]:
-        started = time.perf_counter()
-        part = compute_batch(plan, batch, target=target, data=data)
+    step = max(1, len(places) // _SAMPLED_BATCHES)
+    chosen = [places[0], *places[::-1][::step][:_SAMPLED_BATCHES]]
+    parts = reader.read([PlannedBatch(plan=plan, places=batch) for batch in chosen])
+    next(parts)  # the first pass of all is slower
+    started = time.perf_counter()
+    for part in parts:
         write_encoded(path, [part])
         file_hash(path)
-        sample.seconds += time.perf_counter() - started
         sample.num_tokens += sum(part.lengths)
+    sample.seconds += time.perf_counter() - started
 
 
 def _peak_memory() -> int:

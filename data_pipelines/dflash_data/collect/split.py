@@ -14,7 +14,7 @@ from pathlib import Path
 import orjson
 
 from dflash_data.collect.call_rendering import AnsweredRecords, render_calls
-from dflash_data.collect.forward import stored_token_bytes
+from dflash_data.collect.forward import FeatureReader
 from dflash_data.collect.plan import (
     CollectionPlan,
     PlannedShard,
@@ -26,7 +26,6 @@ from dflash_data.drops import all_reasons
 from dflash_train.config import RecipeConfig
 from dflash_train.features.shard import EncodedRows, write_encoded
 from dflash_train.features.store import INDEX_NAME, IndexLine, read_index, write_index
-from dflash_train.features.target import Target
 from dflash_train.records.manifest import (
     Counts,
     FileEntry,
@@ -83,11 +82,11 @@ class CollectedSplit:
                 except OSError:  # another file system, or one without links
                     shutil.copyfile(self._source / name, partial)
 
-    def prepare(self, load_target: Callable[[], Target]) -> None:
+    def prepare(self, load_reader: Callable[[], FeatureReader]) -> None:
         """Store the plan if an answer has to be read, and unmark shards that are damaged."""
         is_stored = open_plan(self._plan_folder, key=self._key) is not None
         if not is_stored and self.has_answers():
-            self.make_plan(self._plan_folder, load_target())
+            self.make_plan(self._plan_folder, load_reader())
         for shard in self.shards:
             mark, path = self._mark(shard), self.folder / shard.name
             is_whole = path.exists() and mark.exists() and file_hash(path) == _read(mark).sha256
@@ -98,13 +97,15 @@ class CollectedSplit:
         """Say whether there are answers that the target has to read."""
         return not self._records.is_empty()
 
-    def make_plan(self, folder: Path, target: Target) -> CollectionPlan:
+    def make_plan(self, folder: Path, reader: FeatureReader) -> CollectionPlan:
         """Render the answers and store the plan of their rows in a folder."""
         counts = Counts(dropped=all_reasons({}))
-        calls = render_calls(self._records.shards(), target=target, data=self._data, counts=counts)
+        calls = render_calls(
+            self._records.shards(), target=reader.target, data=self._data, counts=counts
+        )
         limits = ShardLimits(
             batch_size=self._data.batch_size,
-            token_bytes=stored_token_bytes(target, self._data),
+            token_bytes=reader.token_bytes,
             shard_bytes=self._data.shard_bytes,
         )
         return make_plan(folder, calls, counts=counts, key=self._key, limits=limits)

@@ -45,6 +45,9 @@ def data_card(
         "kept": counts.kept,
         "dropped": counts.dropped,
         "answers": _named(totals, "policy/"),
+        "without_model": totals["without_model"],
+        "served_model": data.served_model,
+        "token_ids": _named(totals, "ids/"),
         "undecoded": totals["undecoded"],
         "privacy": {
             "policy": POLICY,
@@ -98,6 +101,8 @@ def as_markdown(card: Mapping[str, Any]) -> str:
         _table("Dropped as", "calls", _nonzero(card["dropped"])),
         _undecoded(card["undecoded"]),
         _table("Answers", "records", card["answers"]),
+        _without_model(card["without_model"], card["served_model"]),
+        _table("Token ids of the log", "records", card["token_ids"]),
         f"## Privacy\n\n{privacy['records_touched']} records hold redactions (policy "
         f"{privacy['policy']}); {privacy['dropped_for_secrets']} were dropped for a secret in the "
         f"answer, {privacy['opted_out']} for an opt-out, {privacy['expired']} as expired.",
@@ -124,6 +129,19 @@ def _undecoded(num_calls: int) -> str:
         "since nobody could look for private values in them. Download the target, then run "
         "`ingest` again."
     )
+
+
+def _without_model(num_calls: int, served_model: str | None) -> str:
+    """Tell of calls whose log names no model; nothing if there are none."""
+    if not num_calls:
+        return ""
+    taken = (
+        f"Their answers were taken for those of data.served_model (={served_model})."
+        if served_model
+        else "Their answers count as another model's. If the target's server wrote them, set "
+        "data.served_model."
+    )
+    return f"{num_calls} calls stand in logs of a server that name no model. {taken}"
 
 
 def _named(totals: Mapping[str, int], prefix: str) -> dict[str, int]:

@@ -52,6 +52,7 @@ class ExactKeys:
         """Hash everything before the answer: messages, tools and thinking mode."""
         thinking = record.sampling.get("enable_thinking")
         rest = orjson.dumps([record.tools, thinking]) if record.tools or thinking else b""
+        rest += b"rendered" if record.has_rendered_prompt else b""
         return hash64(rest, *map(self._message, record.prompt))
 
     def answer(self, record: Conversation) -> int:

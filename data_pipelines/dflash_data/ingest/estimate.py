@@ -33,7 +33,7 @@ from dflash_data.logs.sniffing import read_file
 from dflash_data.logs.sources import LogPart, plan_parts
 from dflash_data.privacy.pseudonyms import rehearsal_pseudonyms
 from dflash_data.privacy.scrub import has_secret_in_answer, scrub_call
-from dflash_data.privacy.text_of_ids import hides_text
+from dflash_data.privacy.text_of_ids import has_ids, hides_text
 from dflash_train.config import ExecutorKind, RecipeConfig, UnavailableError
 from dflash_train.records.conversation import Conversation
 
@@ -178,7 +178,10 @@ def _usable(plan: IngestPlan, part: LogPart, sample: _Sample) -> Iterator[Conver
         judge(call, plan.data)
         if hides_text(call) and text_of_ids.reveal(call) is not None:
             continue
+        came_with_ids = has_ids(call)
         by_role = scrub_call(call, pseudonyms)
+        if came_with_ids:
+            text_of_ids.vet(call)
         if not has_secret_in_answer(by_role) and drop_reason(call, plan.data) is None:
             yield call
 

@@ -84,6 +84,8 @@ def session_of_chain(first: Conversation) -> str:
 def prefix_key(messages: list[Turn], record: Conversation) -> str:
     """Hash everything the target sees before it answers: messages, tools and thinking mode."""
     seen = [messages, record.tools, record.sampling.get("enable_thinking")]
+    if record.has_rendered_prompt:
+        seen.append("rendered")
     return hashlib.sha256(msgspec.json.encode(seen)).hexdigest()
 
 

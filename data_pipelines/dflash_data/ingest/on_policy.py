@@ -11,6 +11,7 @@ What counts as equal sampling:
 - Off is off: top_k 0, -1 and 2**30 (SGLang's "all") are the same. Numbers agree to six digits.
 - A key that the log does not show is unknown, not its default: servers put the target's
   `generation_config.json` in its place. `data.trust_unknown_sampling` takes it as equal.
+- A log that names no model at all is that of the server `data.served_model` names, if any.
 - max_tokens, seed and stop end or vary an answer, and leave each of its tokens the target's.
 
 Speculative serving, other engines and quantised weights pass, if the alias says so.
@@ -37,6 +38,8 @@ SETTINGS = PENALTIES | {"temperature", "top_p", "top_k", "min_p"}
 """What moves a token of a sampled answer."""
 THINKING = ("enable_thinking", "reasoning_effort")
 FREE_TOOL_CHOICES = ("auto", "none")
+LOGS_OF_ONE_SERVER = frozenset(("sglang", "vllm_log"))
+"""Formats that a server of one model writes itself, with lines that need not name it."""
 
 
 class PolicyReason(Enum):
@@ -61,6 +64,14 @@ def judge(record: Conversation, data: DataConfig) -> None:
     reason = _first_failure(record, data)
     record.on_policy = reason is PolicyReason.match
     record.on_policy_reason = reason.value
+
+
+def names_no_model(record: Conversation) -> bool:
+    """Say whether a call comes from a server's own log and only the recipe can tell the model.
+
+    A gateway that leaves the name out may have asked any model: its calls are no such calls.
+    """
+    return record.source in LOGS_OF_ONE_SERVER and not (record.adapter or record.model)
 
 
 def is_kept(record: Conversation, data: DataConfig) -> bool:
@@ -94,6 +105,8 @@ def _first_failure(record: Conversation, data: DataConfig) -> PolicyReason:
 def _is_the_target(record: Conversation, data: DataConfig) -> bool:
     """Compare what was served, the adapter where there is one, with the aliases."""
     served = record.adapter or record.model
+    if names_no_model(record):
+        served = data.served_model
     if record.origin == "public" or not served:
         return False
     aliases = data.target_aliases

@@ -56,6 +56,10 @@ class IngestPlan:
     def __repr__(self) -> str:
         return "IngestPlan"
 
+    def __deepcopy__(self, memo: dict[int, object]) -> "IngestPlan":
+        """Give the plan itself: tasks do not change it, and datatrove copies steps for each."""
+        return self
+
     @property
     def data(self) -> DataConfig:
         """The settings of the data stages, without the names of customers."""

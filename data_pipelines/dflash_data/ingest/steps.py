@@ -32,7 +32,7 @@ from dflash_data.ingest.decisions import (
 )
 from dflash_data.ingest.dedup import cluster
 from dflash_data.ingest.explode import Sifted, bucket_of, by_session, drop_orphans, explode, instant
-from dflash_data.ingest.on_policy import drop_reason, judge
+from dflash_data.ingest.on_policy import drop_reason, judge, names_no_model
 from dflash_data.ingest.partitions import PartitionWriter, read_lines_of
 from dflash_data.ingest.plan import IngestPlan
 from dflash_data.ingest.record_arrays import index_records, load_bands, load_rows, save_rows
@@ -40,7 +40,7 @@ from dflash_data.ingest.splits import assign_splits, time_cuts
 from dflash_data.ingest.spread import crowded_buckets, spread_bucket
 from dflash_data.logs.sources import read_part
 from dflash_data.privacy.scrub import has_secret_in_answer, name_placeholders, scrub_call
-from dflash_data.privacy.text_of_ids import hides_text
+from dflash_data.privacy.text_of_ids import has_ids, hides_text
 from dflash_data.record_index import index_line, write_index_part
 from dflash_train.records.conversation import SPLITS, Conversation, write_lines
 from dflash_train.records.manifest import write_bytes
@@ -134,9 +134,13 @@ class Judge(Step):
     def run(self, data: Documents = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         """Set `on_policy` and its reason."""
         settings = self.plan.data
+        counts: Counter[str] = Counter()
         for document in data or ():
-            judge(_conversation(document), settings)
+            record = _conversation(document)
+            judge(record, settings)
+            counts["without_model"] += names_no_model(record)
             yield document
+        self.count(counts)
 
 
 class Scrub(Step):
@@ -157,7 +161,9 @@ class Scrub(Step):
                 counts["undecoded"] += 1
                 counts[_dropped(reason)] += 1
                 continue
+            came_with_ids = has_ids(record)
             by_role = scrub_call(record, pseudonyms)
+            fate = text_of_ids.vet(record) if came_with_ids else None
             if by_role:
                 counts["records_touched"] += 1
                 counts.update({f"redacted/{name}": number for name, number in by_role.items()})
@@ -167,6 +173,8 @@ class Scrub(Step):
                 counts[_dropped(reason)] += 1
                 continue
             counts[f"policy/{record.on_policy_reason}"] += 1
+            if fate is not None:
+                counts[f"ids/{fate.value}"] += 1
             yield document
         self.count(counts)
 

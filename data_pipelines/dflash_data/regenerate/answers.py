@@ -2,7 +2,8 @@
 
 Whoever answers, this process or a server, a record goes the same way: its history is completed
 with the target's own earlier answers, and its answer passes the scrubber before it is written
-anywhere. An answer with a redaction loses its token ids, which carry the original text.
+anywhere. An answer with a redaction loses its token ids, which carry the original text. Ids may
+also carry what a server took out of the text, reasoning above all, so they are looked into, too.
 """
 
 import hashlib
@@ -13,6 +14,7 @@ from msgspec.structs import replace
 
 from dflash_data.drops import DropReason
 from dflash_data.ingest.explode import missing_answers, prefix_key
+from dflash_data.privacy.detectors import find_private
 from dflash_data.privacy.pseudonyms import Pseudonyms
 from dflash_data.privacy.scrub import has_secret_in_answer, rescrub_answer
 from dflash_train.features.target_text import WrittenTarget
@@ -119,7 +121,8 @@ def finish_record(
     found = rescrub_answer(record, pseudonyms)
     if has_secret_in_answer(found):
         return DropReason.secret_in_answer
-    if not record.on_policy:  # altered where no span can mask it: reasoning or a tool call
+    # Altered where no span can mask it (reasoning, a tool call), or a text that lacks a part.
+    if not record.on_policy or _hides_private(record, target):
         return DropReason.off_policy
     return record
 
@@ -136,6 +139,14 @@ def answer_seed(recipe_seed: int, record_id: str) -> int:
     """Give the seed of one record's answer, the same on every run of a recipe."""
     digest = hashlib.sha256(f"{recipe_seed}/{record_id}".encode()).digest()
     return int.from_bytes(digest[:4], "big") >> (32 - _SEED_BITS)
+
+
+def _hides_private(record: Conversation, target: WrittenTarget) -> bool:
+    """Say whether the ids of an answer spell something private that its text leaves out."""
+    output, answer = record.output_token_ids, record.answer
+    if output is None or answer is None or answer_text(output, target) == answer.content:
+        return False
+    return bool(find_private(str(target.tokenizer.decode(output, skip_special_tokens=False))))
 
 
 def _place(record: Conversation, messages: list[Turn]) -> tuple[str | None, str | None, str]:

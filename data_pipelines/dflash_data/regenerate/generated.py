@@ -27,10 +27,11 @@ from dflash_data.regenerate.answers import (
 )
 from dflash_data.regenerate.plan import OpenShard, ShardPlan
 from dflash_train.config import RecipeConfig
+from dflash_train.features.generated_row import GeneratedRow
 from dflash_train.features.sampling import RowSampler, is_plain_greedy
 from dflash_train.features.store import IndexLine, write_index
 from dflash_train.features.store import write_shard as write_feature_shard
-from dflash_train.features.target import GeneratedRow, Target
+from dflash_train.features.target import Target
 from dflash_train.records.chat_template import UnstableBoundaryError, render_request
 from dflash_train.records.conversation import Conversation, Turn, read_shard, write_shard
 from dflash_train.records.manifest import write_bytes

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from dflash_data.drops import DropReason
 from dflash_data.ingest.explode import missing_answers
 from dflash_data.regenerate.answers import Histories
-from dflash_train.config import DataConfig, require
+from dflash_train.config import DataConfig, EndpointApi, require
 from dflash_train.features.target_text import WrittenTarget
 from dflash_train.records.chat_template import UnstableBoundaryError, render_request
 from dflash_train.records.conversation import Conversation, read_shard
@@ -184,7 +184,9 @@ def _sessions(
 def _why_not(
     record: Conversation, length: int | None, histories: Histories, data: DataConfig
 ) -> DropReason | None:
-    if length is None:
+    endpoints = data.endpoints
+    is_templated_again = bool(endpoints.urls) and endpoints.api is EndpointApi.chat
+    if length is None or (record.has_rendered_prompt and is_templated_again):
         return DropReason.unstable_boundary
     if not histories.is_complete(record):
         return DropReason.content_missing
@@ -192,9 +194,13 @@ def _why_not(
 
 
 def _as_asked(conversation: Conversation, split: str, data: DataConfig) -> Conversation:
-    """Take off the answer with what is known of it, so that no span points behind the prompt."""
+    """Take off the answer with what is known of it, so that no span points behind the prompt.
+
+    Ids of the prompt stay where it came rendered: they go to the target as they were logged.
+    """
     prompt = conversation.prompt
     spans = [span for span in conversation.privacy.spans if span[0] < len(prompt)]
+    is_rendered = conversation.has_rendered_prompt
     settings = asdict(data.serving_sampling) | {"max_tokens": data.max_new_tokens}
     return replace(
         conversation,
@@ -202,7 +208,7 @@ def _as_asked(conversation: Conversation, split: str, data: DataConfig) -> Conve
         split=split,
         privacy=replace(conversation.privacy, spans=spans),
         sampling={name: value for name, value in settings.items() if value is not None},
-        prompt_token_ids=None,
+        prompt_token_ids=conversation.prompt_token_ids if is_rendered else None,
         output_token_ids=None,
         served_acceptance_length=None,
     )

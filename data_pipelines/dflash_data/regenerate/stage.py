@@ -52,10 +52,13 @@ def regenerate(config: RecipeConfig, *, target: WrittenTarget, manifest: Manifes
         manifest: Prepared by the caller; completed and written last.
 
     Raises:
-        ValueError: Every prompt is too long, or servers do not answer as the recipe wants.
+        ValueError: Conversations are damaged, every prompt is too long, or servers do not answer as the recipe wants.
         UnavailableError: No server answers any more; run it again to go on.
     """
     conversations, folder = config.run_dir / "conversations", config.run_dir / FOLDER
+    source = Manifest.read(conversations)
+    if source is not None:
+        source.verify_outputs(conversations)  # a damaged shard must not become answers
     plans = plan_shards(folder, conversations, target=target, data=config.data)
     shards = open_shards(plans, conversations, config.data)
     books = _Books(folder)

@@ -11,16 +11,11 @@ of this.
 
 import hashlib
 import json
-import os
 import shutil
-import subprocess
-import sys
-import time
 from collections import deque
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -28,17 +23,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
 
-from dflash_data.collect.vllm_capture.driver import REASON
-from dflash_train.config import UnavailableError, require
+from dflash_data.collect.vllm_capture.vllm_process import VllmProcess, check_interpreter
+from dflash_train.config import require
 from dflash_train.features.target_loading import load_target_config
 from dflash_train.features.target_weights import TargetLocation
 
 VLLM_LAYER_OFFSET = 1
 """vLLM's layer id n is the state after n layers; our tap k is the state after layer k, 0-based."""
-DRIVER = Path(__file__).with_name("driver.py")
-LOG_NAME = "vllm.log"
-_POLL_S = 0.01
-_STOP_S = 30.0
 
 
 @dataclass(kw_only=True)
@@ -61,11 +52,7 @@ class VllmEngine:
     """Further arguments of `vllm.LLM`, such as `tensor_parallel_size`."""
 
     def __post_init__(self) -> None:
-        require(
-            os.access(self.python, os.X_OK) and self.python.is_file(),
-            f"data.vllm_python (={self.python}) is not an interpreter. Give the path of a Python "
-            "that has vLLM 0.32, such as /opt/vllm/bin/python.",
-        )
+        check_interpreter(self.python)
 
     @property
     def vllm_layer_ids(self) -> list[int]:
@@ -76,6 +63,23 @@ class VllmEngine:
     def columns(self) -> list[int]:
         """Where each tap layer stands among the states that vLLM gives."""
         return [self.vllm_layer_ids.index(k + VLLM_LAYER_OFFSET) for k in self.target_layer_ids]
+
+    def token_bytes(self) -> int:
+        """Give the bytes of one token in a file that vLLM writes."""
+        itemsize = getattr(torch, self.dtype).itemsize
+        return len(self.vllm_layer_ids) * self.hidden_size() * itemsize
+
+    def job(self, folder: Path) -> dict[str, Any]:
+        """Give what `driver.start_engine` reads."""
+        return {
+            "model": self.target.path,
+            "revision": self.target.revision,
+            "dtype": self.dtype,
+            "max_model_len": self.max_row_tokens,
+            "vllm_layer_ids": self.vllm_layer_ids,
+            "folder": str(folder),
+            "settings": self.settings,
+        }
 
     def hidden_size(self) -> int:
         """Read E from the target's configuration, and check the tap layers against it.
@@ -111,24 +115,23 @@ def capture_features(
         ValueError: A tap layer is out of range, or a row is longer than `max_row_tokens`.
         UnavailableError: The interpreter has no vLLM 0.32, or vLLM stopped.
     """
-    hidden_size, dtype = engine.hidden_size(), getattr(torch, engine.dtype)
-    token_bytes = len(engine.vllm_layer_ids) * hidden_size * dtype.itemsize
-    nothing = torch.zeros(0, len(engine.vllm_layer_ids), hidden_size, dtype=dtype)
+    shape = (0, len(engine.vllm_layer_ids), engine.hidden_size())
+    nothing = torch.zeros(shape, dtype=getattr(torch, engine.dtype))
+    max_waiting_tokens = engine.max_waiting_bytes // engine.token_bytes()
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     asked = (_Row.of(ids, engine, folder) for ids in rows)
     waiting: deque[_Row] = deque()
-    with _Driver(engine, folder) as driver:
+    with VllmProcess(engine.python, folder, engine.job(folder)) as process:
         upcoming = next(asked, None)
         while upcoming is not None or waiting:
-            while upcoming is not None and _has_room(
-                waiting, upcoming, engine.max_waiting_bytes // token_bytes
-            ):
-                driver.send(upcoming)
+            while upcoming is not None and _has_room(waiting, upcoming, max_waiting_tokens):
+                if upcoming.fed and not upcoming.path.exists():
+                    process.send(upcoming.path, upcoming.fed)
                 waiting.append(upcoming)
                 upcoming = next(asked, None)
             row = waiting.popleft()
-            states = driver.take(row) if row.fed else nothing
+            states = _take(row, process) if row.fed else nothing
             yield functional.pad(states[:, engine.columns].flatten(1), (0, 0, 0, 1))
     shutil.rmtree(folder)
 
@@ -159,99 +162,11 @@ def _has_room(waiting: "deque[_Row]", row: _Row, max_waiting_tokens: int) -> boo
     return not waiting or (num_tokens <= max_waiting_tokens and is_new)
 
 
-class _Driver:
-    """The vLLM process; started by the first row that has no file yet."""
-
-    def __init__(self, engine: VllmEngine, folder: Path) -> None:
-        self._engine = engine
-        self._folder = folder
-        self._process: subprocess.Popen[str] | None = None
-
-    def __enter__(self) -> "_Driver":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: object, trace: TracebackType | None
-    ) -> None:
-        """End the process: gently when all is read, at once when the reader gave up."""
-        if self._process is None:
-            return
-        if kind is not None:
-            self._process.kill()
-        self._end_input(self._process)
-        try:
-            self._process.wait(_STOP_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-
-    def send(self, row: _Row) -> None:
-        """Hand a row over, unless its file is there already."""
-        if not row.fed or row.path.exists():
-            return
-        self._process = self._process or self._start()
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(
-                json.dumps({"path": str(row.path), "token_ids": row.fed}) + "\n"
-            )
-            self._process.stdin.flush()
-        except BrokenPipeError as error:
-            raise self._failure() from error
-
-    def take(self, row: _Row) -> Tensor:
-        """Wait for a row's file, `[N, L, E]`, and remove it."""
-        while not row.path.exists():
-            assert self._process is not None, "send() started it, since there was no file"
-            if self._process.poll() is not None:
-                raise self._failure()
-            time.sleep(_POLL_S)
-        tensors = load_file(row.path)
-        if tensors["token_ids"].tolist() != row.fed:
-            raise RuntimeError(f"{row.path} holds the states of other tokens than were asked for.")
-        row.path.unlink()
-        return tensors["hidden_states"]
-
-    def _start(self) -> "subprocess.Popen[str]":
-        engine, folder = self._engine, self._folder
-        job = {
-            "model": engine.target.path,
-            "revision": engine.target.revision,
-            "dtype": engine.dtype,
-            "max_model_len": engine.max_row_tokens,
-            "vllm_layer_ids": engine.vllm_layer_ids,
-            "folder": str(folder),
-            "settings": engine.settings,
-        }
-        (folder / "job.json").write_text(json.dumps(job))
-        environment = {name: text for name, text in os.environ.items() if name != "PYTHONPATH"}
-        print(f"vLLM starts; its log is {folder / LOG_NAME}", file=sys.stderr)
-        with (folder / LOG_NAME).open("w") as log:
-            return subprocess.Popen(
-                [engine.python, DRIVER, folder / "job.json"],
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                text=True,
-                env=environment,
-            )
-
-    def _failure(self) -> UnavailableError:
-        """Say why the process ended: in the driver's words, else by the last line of its log."""
-        assert self._process is not None
-        self._process.wait()
-        log = self._folder / LOG_NAME
-        lines = log.read_text(errors="replace").strip().splitlines()
-        reason = next((line for line in reversed(lines) if line.startswith(REASON)), None)
-        return UnavailableError(
-            f"vLLM of {self._engine.python} stopped before all features were there: "
-            f"{reason or ' '.join(lines[-1:])} Its log is {log}."
-        )
-
-    @staticmethod
-    def _end_input(process: "subprocess.Popen[str]") -> None:
-        assert process.stdin is not None
-        try:
-            process.stdin.close()
-        except BrokenPipeError:
-            pass  # it ended before it read its last rows; whoever waits for them is told so
+def _take(row: _Row, process: VllmProcess) -> Tensor:
+    """Wait for a row's file, `[N, L, E]`, and remove it."""
+    process.wait_for(row.path)
+    tensors = load_file(row.path)
+    if tensors["token_ids"].tolist() != row.fed:
+        raise RuntimeError(f"{row.path} holds the states of other tokens than were asked for.")
+    row.path.unlink()
+    return tensors["hidden_states"]

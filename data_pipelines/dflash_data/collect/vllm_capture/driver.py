@@ -1,6 +1,7 @@
 """The program that `capture.py` starts in vLLM's own environment; it imports nothing of ours.
 
     python driver.py JOB.json < rows.jsonl
+    python driver.py --version
 
 Each line of the input is one row, `{"path": ..., "token_ids": [...]}`; its hidden states go to
 `path`. vLLM batches whatever has arrived. When the input ends, what is left is finished and the
@@ -20,11 +21,18 @@ SUPPORTED = "0.32."
 """vLLM releases whose hidden-state extraction this was read and tested against."""
 REASON = "capture: "
 """How the line of the output begins that says why the program stopped."""
+VERSION = "version: "
+"""How the line begins that answers `ASKS_VERSION`."""
+ASKS_VERSION = "--version"
+"""The argument that asks for vLLM's release instead of features."""
 IDLE_WAIT_S = 0.02
 
 
 def main() -> None:
     """Answer the rows of standard input with files, then exit."""
+    if sys.argv[1] == ASKS_VERSION:
+        print(f"{VERSION}{check_version()}")
+        return
     job = json.loads(Path(sys.argv[1]).read_text())
     # One process: an error of the engine is ours, and killing it leaves nothing behind.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -36,14 +44,15 @@ def main() -> None:
     serve(engine, inbox)
 
 
-def check_version() -> None:
-    """Refuse a Python without vLLM, or with a release that was never tried."""
+def check_version() -> str:
+    """Give vLLM's release; refuse a Python without it, or with one that was never tried."""
     try:
         from vllm import __version__  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise RuntimeError(f"this Python has no vLLM ({error}). Install vllm==0.32.0.") from error
     if not __version__.startswith(SUPPORTED):
         raise RuntimeError(f"this Python has vLLM {__version__}, not 0.32. Install vllm==0.32.0.")
+    return __version__
 
 
 def start_engine(job: dict[str, Any]) -> Any:
@@ -131,6 +140,7 @@ if __name__ == "__main__":
     try:
         main()
     except Exception as failure:
-        # The reader looks for this line; vLLM's own exit may add more lines after it.
-        sys.stderr.write(f"{traceback.format_exc()}{REASON}{type(failure).__name__}: {failure}\n")
+        # The reader looks for this one line; vLLM's own exit may add more lines after it.
+        words = " ".join(str(failure).split())
+        sys.stderr.write(f"{traceback.format_exc()}{REASON}{type(failure).__name__}: {words}\n")
         sys.exit(1)
