@@ -10,7 +10,7 @@ TEST_ENV := HF_HUB_OFFLINE=1
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test quick check soak mutants official-check drafter \
-  bench-train bench-growth bench-ingest clean
+  bench-train bench-growth bench-ingest bench-privacy bench-store bench-collect clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -50,6 +50,15 @@ bench-growth: $(VENV)/.stamp-dev  ## time and memory of a step against T, A and 
 
 bench-ingest: $(VENV)/.stamp-dev  ## a million logged calls through ingest, on an idle machine
 	$(BIN)/python -m benchmarks.bench_ingest
+
+bench-privacy: $(VENV)/.stamp-dev  ## private values: found, mistaken, left behind; SEED=N repeats
+	$(BIN)/python -m benchmarks.bench_privacy $(if $(SEED),--seed $(SEED))
+
+bench-store: $(VENV)/.stamp-dev  ## after demo: the three number formats of features; RUN=DIR
+	$(BIN)/python -m benchmarks.bench_store $(if $(RUN),--run "$(RUN)") $(SETTINGS)
+
+bench-collect: $(VENV)/.stamp-dev  ## after demo: collect beside the bare target; RUN=DIR
+	$(BIN)/python -m benchmarks.bench_collect $(if $(RUN),--run "$(RUN)") $(SETTINGS)
 
 clean:  ## remove .venv and what tools leave behind; keeps runs/
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
