@@ -1,11 +1,11 @@
 """The shape of a drafter: exactly what its `config.json` holds, no setting of a run."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from transformers import PreTrainedConfig, Qwen3Config
 
-from dflash_train.config import DrafterSettings, require
+from dflash_train.config import DrafterSettings, DrafterVariant, require
 
 
 def spread_target_layer_ids(num_target_layers: int, num_taps: int) -> list[int]:
@@ -37,8 +37,8 @@ class Visibility:
 
 
 @dataclass(kw_only=True)
-class DrafterConfig:
-    """A DFlash drafter; the fields with defaults make variants, the defaults are plain DFlash.
+class DrafterConfig(DrafterVariant):
+    """A DFlash drafter: what makes it a variant, and the shapes that the target decides.
 
     Letters of the shape legend: E `hidden_size`, H and G attention and kv heads, D `head_dim`,
     K `block_size`, L `len(target_layer_ids)`, V `vocab_size`, Vd `draft_vocab_size`.
@@ -64,38 +64,10 @@ class DrafterConfig:
         default_factory=lambda: {"rope_type": "default", "rope_theta": 10_000.0}
     )
     """RoPE of the drafter's own queries and keys: full width, 1-D positions."""
-    attention_bias: bool = False
     input_embedding_scale: float = 1.0
     """Factor on the raw embedding rows of the block."""
-    output_multiplier: float = 1.0
-    """Factor on the logits."""
     final_logit_softcapping: float | None = None
     """Cap of the logits, `cap * tanh(logits / cap)`; None is no cap."""
-    layer_types: list[str] | None = None
-    """`full_attention` or `sliding_attention` per layer; None is full everywhere."""
-    sliding_window: int | None = None
-    """W of the sliding layers, in tokens, the query's own position included."""
-    is_causal: bool | None = None
-    """Causality inside a block, of every layer; None: full layers bidirectional, sliding ones
-    causal."""
-    conv_kernel_size: int | None = None
-    """DFlash 2: slots that a convolution mixes, the slot itself included."""
-    conv_group_size: int | None = None
-    """DFlash 2: channels that share one dynamic kernel."""
-    selector_rank: int | None = None
-    """DFlash 2: width of the candidate selector's codebooks."""
-    selector_top_k: int | None = None
-    """DFlash 2: candidates per slot."""
-    markov_rank: int | None = None
-    """DSpark: width of the Markov head's tables; it also shifts the slots' labels by one."""
-    markov_gated: bool = False
-    """DSpark: gate the previous token's row by the hidden state."""
-    has_confidence_head: bool = False
-    """DSpark: estimate each slot's acceptance probability."""
-    confidence_sees_markov: bool = True
-    """DSpark: the confidence head also reads the previous token's row."""
-    draft_vocab_size: int | None = None
-    """Vd: ids that can be drafted; None is the whole vocabulary."""
 
     def __post_init__(self) -> None:
         require(
@@ -284,16 +256,8 @@ class DrafterConfig:
             rope_parameters=_own_rope(target),
             input_embedding_scale=_embedding_scale(settings, target),
             final_logit_softcapping=_softcap(settings, target),
-            **{name: getattr(settings, name) for name in _COPIED},
+            **{field.name: getattr(settings, field.name) for field in fields(DrafterVariant)},
         )
-
-
-_COPIED = (
-    "attention_bias", "output_multiplier", "layer_types", "sliding_window", "is_causal",
-    "conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k", "markov_rank",
-    "markov_gated", "has_confidence_head", "confidence_sees_markov", "draft_vocab_size",
-)  # fmt: skip
-"""Fields that a recipe's drafter settings hold under the same name."""
 
 
 def _embedding_scale(settings: DrafterSettings, target: PreTrainedConfig) -> float:

@@ -48,11 +48,13 @@ class CandidateSelector(nn.Module):
         offered = functional.embedding(ids_SC, self.successor_codebook)  # [S, C, r]
         return logits_SC + (offered @ wanted[..., None]).squeeze(-1).to(logits_SC.dtype)
 
-    def choose(self, hidden_SE: Tensor, previous_ids_S: Tensor, logits_SV: Tensor) -> Tensor:
-        """Give the best-scored id of each slot's C best logits, `[S]` int64."""
+    def candidates(
+        self, hidden_SE: Tensor, previous_ids_S: Tensor, logits_SV: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Give scores and ids of each slot's C best logits, `[S, C]` each."""
         logits_SC, ids_SC = logits_SV.topk(self.top_k, dim=-1)
         scores_SC = self.scores(hidden_SE, previous_ids_S, logits_SC=logits_SC, ids_SC=ids_SC)
-        return ids_SC.gather(-1, scores_SC.argmax(-1, keepdim=True)).squeeze(-1)
+        return scores_SC, ids_SC
 
 
 class MarkovHead(nn.Module):

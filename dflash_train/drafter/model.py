@@ -17,7 +17,7 @@ from dflash_train.drafter.fused import RMSNorm
 from dflash_train.drafter.heads import CandidateSelector, ConfidenceHead, MarkovHead
 from dflash_train.drafter.layers import DrafterLayer, ExactRotary
 from dflash_train.drafter.mixers import BlockConvolution
-from dflash_train.features.target import FrozenHead
+from dflash_train.features.frozen_head import FrozenHead
 
 INITIALIZER_RANGE = 0.02
 
@@ -71,8 +71,30 @@ class Drafter(nn.Module):
         Returns:
             `[A, K, E]` hidden states after the final norm.
         """
-        contexts = self._project_context(target_features, blocks.context_positions())
-        return self._denoise(block_embeddings, contexts, blocks)
+        contexts = self.project_context(target_features, blocks.context_positions())
+        return self.denoise(block_embeddings, contexts, blocks)
+
+    def project_context(self, target_features: Tensor, positions: Tensor) -> list[ContextKV]:
+        """Give each layer's keys and values of `[T, L*E]` features at `[T]` int64 positions."""
+        fused = self.hidden_norm(self.fc(target_features))  # [T, E]
+        cos, sin = self._rotation(fused, positions)
+        return [layer.self_attn.keys_values(fused, cos, sin) for layer in self._typed_layers()]
+
+    def denoise(
+        self, block_embeddings: Tensor, contexts: list[ContextKV], blocks: Blocks
+    ) -> Tensor:
+        """Run blocks against a context that is projected already, as `forward` does; `[A, K, E]`.
+
+        Args:
+            block_embeddings: `[A, K, E]` from `block_embeddings()`.
+            contexts: One entry per layer, from `project_context`.
+            blocks: Where documents and anchors stand; their context offsets cut `contexts`.
+        """
+        x_AKE = block_embeddings
+        cos, sin = self._rotation(x_AKE, blocks.slot_positions(x_AKE.shape[1]))
+        for layer, context in zip(self._typed_layers(), contexts, strict=True):
+            x_AKE = layer(x_AKE, context, blocks, cos=cos, sin=sin)
+        return self.norm(x_AKE)
 
     def new_cache(self) -> ContextCache:
         """Give the empty context cache of one request."""
@@ -93,13 +115,13 @@ class Drafter(nn.Module):
         """
         start = cache.length
         positions = torch.arange(start, start + new_features.shape[0], device=new_features.device)
-        cache.append(self._project_context(new_features, positions))
+        cache.append(self.project_context(new_features, positions))
         blocks = Blocks(
             context_offsets=[0, cache.length],
             block_offsets=[0, 1],
             anchor_positions=torch.tensor([cache.length], device=new_features.device),
         )
-        return self._denoise(block_embeddings[None], cache.layers, blocks)[0]
+        return self.denoise(block_embeddings[None], cache.layers, blocks)[0]
 
     def logits(self, hidden: Tensor, head: FrozenHead) -> Tensor:
         """Give `[..., V]` logits of hidden states `[..., E]`, multiplier and soft cap applied.
@@ -110,7 +132,8 @@ class Drafter(nn.Module):
 
     def shape_logits(self, logits: Tensor) -> Tensor:
         """Apply the output multiplier and the soft cap to raw head logits."""
-        logits = logits * self.config.output_multiplier
+        if self.config.output_multiplier != 1:
+            logits = logits * self.config.output_multiplier
         cap = self.config.final_logit_softcapping
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
@@ -160,7 +183,7 @@ class Drafter(nn.Module):
         Returns:
             `[S]` int64 ids of the target's vocabulary.
         """
-        return self._choose(hidden_SE, previous_ids_S, self._unary(hidden_SE, head), head)
+        return self._choose(hidden_SE, previous_ids_S, self.slot_logits(hidden_SE, head), head)
 
     @torch.no_grad()
     def draft(self, hidden_mE: Tensor, anchor_id: Tensor, head: FrozenHead) -> Tensor:
@@ -175,7 +198,7 @@ class Drafter(nn.Module):
             `[n]` int64 ids of the target's vocabulary, n = m - 1, or m in the shifted layout.
         """
         hidden_nE = hidden_mE[self.config.first_slot :]
-        logits_nV = self._unary(hidden_nE, head)
+        logits_nV = self.slot_logits(hidden_nE, head)
         previous = anchor_id.reshape(1)
         if self.candidate_selector is None and self.markov_head is None:
             return self._choose(hidden_nE, previous.expand(len(hidden_nE)), logits_nV, head)
@@ -201,28 +224,36 @@ class Drafter(nn.Module):
         assert self.markov_head is not None
         return self.confidence_head(hidden_SE, self.markov_head.markov_w1(previous_ids_S))
 
-    def _unary(self, hidden_SE: Tensor, head: FrozenHead) -> Tensor:
+    def slot_logits(self, hidden_SE: Tensor, head: FrozenHead) -> Tensor:
+        """Give `[S, Vd]` logits of hidden states of any dtype, in the head's."""
         return self.logits(hidden_SE.to(head.lm_head_weight.dtype), head)
+
+    def slot_scores(
+        self, hidden_SE: Tensor, previous_ids_S: Tensor, logits_SV: Tensor, head: FrozenHead
+    ) -> tuple[Tensor, Tensor]:
+        """Score the ids that each slot may draft, given the token before it.
+
+        Args:
+            hidden_SE: `[S, E]` from `forward` or `draft_step`.
+            previous_ids_S: `[S]` int64, token before each draft.
+            logits_SV: `[S, Vd]`, `logits` of the hidden states.
+            head: From `output_head`.
+
+        Returns:
+            `[S, C]` scores and `[S, C]` int64 ids of the target's vocabulary: DFlash 2's
+            candidates, else all that can be drafted.
+        """
+        if self.candidate_selector is not None:
+            return self.candidate_selector.candidates(hidden_SE, previous_ids_S, logits_SV)
+        if self.markov_head is not None:
+            logits_SV = logits_SV + self.markov_head(hidden_SE, previous_ids_S)
+        return logits_SV, head.output_ids.expand(logits_SV.shape)
 
     def _choose(
         self, hidden_SE: Tensor, previous_ids_S: Tensor, logits_SV: Tensor, head: FrozenHead
     ) -> Tensor:
-        if self.candidate_selector is not None:
-            return self.candidate_selector.choose(hidden_SE, previous_ids_S, logits_SV)
-        if self.markov_head is not None:
-            logits_SV = logits_SV + self.markov_head(hidden_SE, previous_ids_S)
-        return head.to_target_ids(logits_SV.argmax(dim=-1))
-
-    def _project_context(self, target_features: Tensor, positions: Tensor) -> list[ContextKV]:
-        fused = self.hidden_norm(self.fc(target_features))  # [T, E]
-        cos, sin = self._rotation(fused, positions)
-        return [layer.self_attn.keys_values(fused, cos, sin) for layer in self._typed_layers()]
-
-    def _denoise(self, x_AKE: Tensor, contexts: list[ContextKV], blocks: Blocks) -> Tensor:
-        cos, sin = self._rotation(x_AKE, blocks.slot_positions(x_AKE.shape[1]))
-        for layer, context in zip(self._typed_layers(), contexts, strict=True):
-            x_AKE = layer(x_AKE, context, blocks, cos=cos, sin=sin)
-        return self.norm(x_AKE)
+        scores_SC, ids_SC = self.slot_scores(hidden_SE, previous_ids_S, logits_SV, head)
+        return ids_SC.gather(-1, scores_SC.argmax(-1, keepdim=True)).squeeze(-1)
 
     def _rotation(self, like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         cos, sin = self.rotary_emb(like, positions.reshape(1, -1))

@@ -3,12 +3,10 @@
 A tap with id k is the output of decoder layer k (0-based), `hidden_states[k + 1]` in
 Transformers, before the final norm. Taps are read by hooks on those layers alone, so no other
 layer's states are kept. Legend: B rows, Q new tokens, L taps, E hidden size, V vocabulary,
-P prompt tokens, N output tokens.
+P prompt tokens.
 """
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +17,10 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from dflash_train.config import TargetConfig, require
+from dflash_train.features.frozen_head import frozen_head
+from dflash_train.features.generated_row import GeneratedRow, OpenRow
 from dflash_train.features.sampling import RowSampler
+from dflash_train.features.taps import tap_layers
 from dflash_train.features.target_loading import load_model, load_tokenizer, stop_token_ids
 from dflash_train.features.target_text import target_block, vocabulary_hash
 from dflash_train.features.target_weights import locate_target
@@ -30,45 +31,6 @@ _LOGIT_ROWS = 256
 
 
 @dataclass(kw_only=True)
-class FrozenHead:
-    """The target's embedding table and LM head, which the drafter borrows."""
-
-    embedding_weight: Tensor
-    """`[V, E]`."""
-    lm_head_weight: Tensor
-    """`[V, E]`; the same tensor as the embedding where the target ties them. `[Vd, E]` where only
-    some ids can be drafted."""
-    draft_token_ids: Tensor | None = None
-    """`[Vd]` int64, ascending: the target's id of each row of the head; None means all V."""
-
-    def embed(self, ids: Tensor) -> Tensor:
-        """Look up raw rows `[..., E]`, without any scale of the target's embedding module."""
-        return functional.embedding(ids, self.embedding_weight)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Multiply `[..., E]` hidden states with the head: `[..., V]`, or `[..., Vd]`."""
-        return functional.linear(hidden, self.lm_head_weight)
-
-    def restricted(self, ids: Tensor) -> "FrozenHead":
-        """Give the head of a reduced draft vocabulary, from a full one.
-
-        Args:
-            ids: `[Vd]` int64, ascending ids of the target's vocabulary.
-        """
-        assert self.draft_token_ids is None
-        ids = ids.to(self.lm_head_weight.device)
-        return FrozenHead(
-            embedding_weight=self.embedding_weight,
-            lm_head_weight=self.lm_head_weight[ids],
-            draft_token_ids=ids,
-        )
-
-    def to_target_ids(self, index: Tensor) -> Tensor:
-        """Turn rows of the head, such as an argmax, into ids of the target's vocabulary."""
-        return index if self.draft_token_ids is None else self.draft_token_ids[index]
-
-
-@dataclass(kw_only=True)
 class TargetOutput:
     """What one target pass gives."""
 
@@ -76,20 +38,6 @@ class TargetOutput:
     """`[B, Q, V]`, or `[B, 1, V]` if only the last were asked for."""
     features: Tensor
     """`[B, Q, L*E]`, the tap layers' outputs side by side in the order of their ids."""
-
-
-@dataclass(kw_only=True)
-class GeneratedRow:
-    """The target's answer to one prompt."""
-
-    output_ids: list[int]
-    """`[N]`, with the stop token if there is one."""
-    features: Tensor
-    """`[P + N, L*E]`; the last row is zeros, since the last token is never fed."""
-    finish_reason: str
-    """`stop` or `length`."""
-    teacher: TeacherRow | None
-    """`[P + N, k]`, of the passes that wrote the answer; None where it was not asked for."""
 
 
 @dataclass(kw_only=True)
@@ -168,7 +116,7 @@ class Target:
             position_ids: `[B, Q]`; None counts from the cache's length.
             last_logits_only: Compute logits of the last token alone.
         """
-        with self._taps() as tapped:
+        with tap_layers(self.model, self.target_layer_ids) as tapped:
             output = self.model(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
@@ -197,7 +145,7 @@ class Target:
         """
         fed = [row[:-1] for row in rows]
         input_ids, attention_mask = _pad(fed, left=False, device=self.device)
-        with self._taps() as tapped:
+        with tap_layers(self.model, self.target_layer_ids) as tapped:
             output = self.model.get_decoder()(
                 input_ids=input_ids, attention_mask=attention_mask, use_cache=False
             )
@@ -269,7 +217,7 @@ class Target:
         input_ids, attention_mask = _pad(prompts, left=True, device=self.device)
         position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
         cache = DynamicCache(config=self.model.config)
-        rows = [_OpenRow(prompt) for prompt in prompts]
+        rows = [OpenRow(prompt) for prompt in prompts]
         live = list(range(len(prompts)))
         while live:
             output = self.forward(
@@ -308,59 +256,6 @@ class Target:
             position_ids = position_ids[:, -1:] + 1
         return [row.close(self.stop_token_ids) for row in rows]
 
-    @contextmanager
-    def _taps(self) -> Iterator[list[Tensor]]:
-        """Collect the outputs of the tap layers, in the order of their ids, during a pass."""
-        collected: dict[int, Tensor] = {}
-        tapped: list[Tensor] = []
-
-        def keep(layer_id: int) -> Callable[..., None]:
-            def hook(_module: object, _inputs: object, output: Any) -> None:
-                collected[layer_id] = output[0] if isinstance(output, tuple) else output
-
-            return hook
-
-        decoder = self.model.get_decoder()
-        handles = [
-            decoder.get_submodule(f"layers.{k}").register_forward_hook(keep(k))
-            for k in self.target_layer_ids
-        ]
-        try:
-            yield tapped
-            tapped.extend(collected[k] for k in self.target_layer_ids)
-        finally:
-            for handle in handles:
-                handle.remove()
-
-
-class _OpenRow:
-    """One row while it is being generated."""
-
-    def __init__(self, prompt: list[int]) -> None:
-        self.prompt_length = len(prompt)
-        self.output_ids: list[int] = []
-        self.features: list[Tensor] = []
-        self.teacher: list[TeacherRow] = []
-
-    def take(self, features: Tensor, token_id: int) -> None:
-        """Keep the features of the tokens just fed (padding cut off) and the token they chose."""
-        is_prefill = not self.features
-        fed = features[-self.prompt_length :] if is_prefill else features
-        self.features.append(fed.clone())
-        self.output_ids.append(token_id)
-
-    def is_finished(self, stop_ids: frozenset[int], max_new_tokens: int) -> bool:
-        return self.output_ids[-1] in stop_ids or len(self.output_ids) >= max_new_tokens
-
-    def close(self, stop_ids: frozenset[int]) -> GeneratedRow:
-        stopped = self.output_ids[-1] in stop_ids
-        return GeneratedRow(
-            output_ids=self.output_ids,
-            features=functional.pad(torch.cat(self.features), (0, 0, 0, 1)),
-            finish_reason="stop" if stopped else "length",
-            teacher=join(self.teacher).over_the_row(self.prompt_length) if self.teacher else None,
-        )
-
 
 def load_target(config: TargetConfig, target_layer_ids: list[int]) -> Target:
     """Load the target of a recipe onto the accelerator if there is one, else the CPU.
@@ -379,20 +274,6 @@ def load_target(config: TargetConfig, target_layer_ids: list[int]) -> Target:
     )
     return Target(
         model, tokenizer, target_layer_ids, name=config.name_or_path, revision=location.label
-    )
-
-
-def frozen_head(model: PreTrainedModel) -> FrozenHead:
-    """Borrow embedding and LM head of a loaded model, through its accessors."""
-    embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
-    require(
-        output is not None,
-        f"target.name_or_path (={model.name_or_path}) has no LM head. Use a causal language model.",
-    )
-    assert output is not None
-    return FrozenHead(
-        embedding_weight=embedding.get_parameter("weight").detach(),
-        lm_head_weight=output.get_parameter("weight").detach(),
     )
 
 

@@ -34,10 +34,19 @@ def find_tokenizer_file(config: TargetConfig) -> Path | None:
     elif Path(name).is_dir():
         path = Path(name) / TOKENIZER_NAME
     elif name.count("/") <= 1 and not name.startswith((".", "/", "~")):
-        from huggingface_hub import try_to_load_from_cache  # no process that reads logs needs it
-
-        cached = try_to_load_from_cache(name, TOKENIZER_NAME, revision=config.revision)
-        path = Path(cached) if isinstance(cached, str) else None
+        path = _cached_tokenizer(name, config.revision)
     else:
         path = None
     return path.absolute() if path is not None and path.is_file() else None
+
+
+def _cached_tokenizer(repository: str, revision: str | None) -> Path | None:
+    """Give the file that an earlier download left; a name that no repository can have has none."""
+    from huggingface_hub import try_to_load_from_cache  # no process that reads logs needs it
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        cached = try_to_load_from_cache(repository, TOKENIZER_NAME, revision=revision)
+    except HFValidationError:
+        return None
+    return Path(cached) if isinstance(cached, str) else None

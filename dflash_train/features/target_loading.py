@@ -10,6 +10,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from dflash_train.config import TargetConfig, require
+from dflash_train.features.grouped_attention import use_grouped_attention
 from dflash_train.features.target_weights import TargetLocation
 
 
@@ -33,7 +34,7 @@ def load_model(location: TargetLocation, config: TargetConfig) -> PreTrainedMode
         ValueError: The model cannot be found or read.
     """
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        model = AutoModelForCausalLM.from_pretrained(
             location.path,
             revision=location.revision,
             dtype=getattr(torch, config.dtype.value),
@@ -42,6 +43,8 @@ def load_model(location: TargetLocation, config: TargetConfig) -> PreTrainedMode
         )
     except (OSError, ValueError) as error:
         raise _unreadable(location, error) from error
+    use_grouped_attention(model)
+    return model
 
 
 def load_tokenizer(location: TargetLocation) -> PreTrainedTokenizerBase:

@@ -17,7 +17,7 @@ from torch import Tensor
 from dflash_train.config import LossConfig, Weighting
 from dflash_train.drafter.config import DrafterConfig
 from dflash_train.drafter.model import Drafter
-from dflash_train.features.target import FrozenHead
+from dflash_train.features.frozen_head import FrozenHead
 from dflash_train.training.batching import TrainingBatch
 from dflash_train.training.head_sweep import SlotTerms, sweep_head, sweep_with_bias
 from dflash_train.training.head_tiles import HeadSettings, SlotTargets

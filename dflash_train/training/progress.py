@@ -1,7 +1,6 @@
 """What a person watches during training: a bar on stderr, and the speed of this process."""
 
 import sys
-from types import TracebackType
 
 from tqdm import tqdm
 
@@ -66,10 +65,5 @@ class Progress:
     def __enter__(self) -> "Progress":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self._bar.close()

@@ -1,11 +1,13 @@
 """Exact greedy acceptance from stored answers and features, without a target pass.
 
 Greedy verification depends on the target's output only, so a stored answer tells at every start
-which drafts would have been kept. All starts are evaluated in parallel as training blocks, then the
-chain is walked from the first. Drafts are chosen slot by slot, and only for blocks whose earlier
-drafts were right: what stands behind a rejected draft does not matter, and at an acceptance length
-of 1.5 this is a fifth of the logits. It also makes replay exact for drafters whose choice depends
-on the token before (DFlash 2, DSpark): in a block still open that token is the stored one.
+which drafts would have been kept. Many rows are replayed side by side: each pass drafts the next
+block of every row, and at an acceptance length of 2 half of the starts are never visited. Only few
+rows that are left evaluate starts ahead of their step too, since a pass over 2 blocks takes about
+as long as one over 20. Drafts are chosen slot by slot, and only for blocks whose earlier drafts
+were right: what stands behind a rejected draft does not matter. It also makes replay exact for
+drafters whose choice depends on the token before (DFlash 2, DSpark): in a block still open that
+token is the stored one.
 
 One rule counts the drafts of every kind of drafter. A step at `start` drafts
 `n = min(num_drafts, max_length - start - 1)` tokens, reads them from the last n slots of a block of
@@ -13,7 +15,8 @@ One rule counts the drafts of every kind of drafter. A step at `start` drafts
 first_slot 1 and num_drafts K - 1, so a step has as many slots as verified tokens; DSpark's layout
 is shifted, first_slot 0 and num_drafts K, so it has one slot fewer.
 
-Legend: A blocks, K slots, D = num_drafts, E hidden size, V vocabulary.
+Legend: A blocks, K slots, D = num_drafts, E hidden size, V vocabulary; T context tokens, G kv
+heads, D head dim of contexts.
 """
 
 from collections.abc import Iterable, Iterator
@@ -22,15 +25,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dflash_train.drafter.attention import Blocks
+from dflash_train.drafter.attention import Blocks, ContextKV
 from dflash_train.drafter.model import Drafter, block_embeddings
+from dflash_train.features.frozen_head import FrozenHead
 from dflash_train.features.store import FeatureRow
-from dflash_train.features.target import FrozenHead
 from dflash_train.training.blocks import block_labels
 from dflash_train.training.metrics import AcceptanceCounts
 
+ROWS_AT_ONCE = {"cpu": 64}
+"""Rows replayed side by side, by device type."""
+ROWS_AT_ONCE_ELSEWHERE = 4
+"""Where starting an operation costs more than a block that no step visits."""
+CONTEXT_AT_ONCE = 1 << 15
+"""Tokens of rows replayed side by side; a longer row stands alone."""
+FEW_ROWS = 16
+"""Fewer open rows do not fill a pass with a block each: it reads all weights for any number."""
 BLOCKS_AT_ONCE = 256
+"""Blocks of a pass that few rows fill with starts ahead, some of which no step will visit."""
 SLOTS_AT_ONCE = 1024
+"""Slots whose logits `[slots, V]` exist at once."""
 
 
 @dataclass(kw_only=True)
@@ -55,18 +68,12 @@ class ReplayTrace:
         return [accepted + 1 for accepted in self.num_accepted]
 
 
-@dataclass(kw_only=True)
-class _Piece:
-    """Starts `first .. stop - 1` of one row, evaluated together."""
+@dataclass(frozen=True, kw_only=True)
+class ReplayedRow:
+    """A request up to its first redaction, and its verify steps."""
 
-    index: int
     row: FeatureRow
-    first: int
-    stop: int
-
-    @property
-    def anchors(self) -> Tensor:
-        return torch.arange(self.first, self.stop)
+    trace: ReplayTrace
 
 
 def replay(drafter: Drafter, head: FrozenHead, row: FeatureRow) -> ReplayTrace:
@@ -77,78 +84,152 @@ def replay(drafter: Drafter, head: FrozenHead, row: FeatureRow) -> ReplayTrace:
 def replay_many(drafter: Drafter, head: FrozenHead, rows: Iterable[FeatureRow]) -> AcceptanceCounts:
     """Replay requests and add up their verify steps."""
     counts = AcceptanceCounts()
-    for trace in replay_rows(drafter, head, list(rows)):
-        counts.add_request(trace.acceptance_lengths)
+    for replayed in replay_each(drafter, head, rows):
+        counts.add_request(replayed.trace.acceptance_lengths)
     return counts
 
 
-@torch.no_grad()
 def replay_rows(drafter: Drafter, head: FrozenHead, rows: list[FeatureRow]) -> list[ReplayTrace]:
-    """Replay stored requests, many starts in one drafter pass.
+    """Replay stored requests and give their traces in the same order."""
+    return [replayed.trace for replayed in replay_each(drafter, head, rows)]
+
+
+@torch.no_grad()
+def replay_each(
+    drafter: Drafter, head: FrozenHead, rows: Iterable[FeatureRow]
+) -> Iterator[ReplayedRow]:
+    """Replay stored requests in order, many of them side by side, and hold no more than those.
 
     Args:
         drafter: The drafter, on any device and in any dtype; features follow it.
         head: The target's embedding table and LM head, on the same device.
         rows: Answered calls; one with redactions counts up to the first.
     """
-    rows = [row.until_first_gap() for row in rows]
     output_head = drafter.output_head(head)
-    accepted: list[list[int]] = [[] for _ in rows]
-    for pack in _pack_pieces(rows):
-        counts = _evaluate(drafter, output_head, pack)
-        for piece, part in zip(pack, counts.split([p.stop - p.first for p in pack]), strict=True):
-            accepted[piece.index].extend(part.tolist())
-    return [
-        _walk_chain(row, counts, num_drafts=drafter.config.num_drafts)
-        for row, counts in zip(rows, accepted, strict=True)
-    ]
+    device = head.embedding_weight.device
+    for together in _packs((row.until_first_gap() for row in rows), device):
+        pack = _Pack(drafter, output_head, together)
+        while pack.num_open:
+            pack.step()
+        yield from (ReplayedRow(row=walk.row, trace=walk.trace) for walk in pack.walks)
 
 
-def _pack_pieces(rows: list[FeatureRow]) -> Iterator[list[_Piece]]:
-    """Cut the rows' starts into packs of at most `BLOCKS_AT_ONCE` blocks."""
-    pack: list[_Piece] = []
-    room = BLOCKS_AT_ONCE
-    for index, row in enumerate(rows):
-        first, end = row.prompt_length, len(row.input_ids) - 1
-        while first < end:
-            stop = min(end, first + room)
-            pack.append(_Piece(index=index, row=row, first=first, stop=stop))
-            room -= stop - first
-            first = stop
-            if room == 0:
-                yield pack
-                pack, room = [], BLOCKS_AT_ONCE
+def _packs(rows: Iterable[FeatureRow], device: torch.device) -> Iterator[list[FeatureRow]]:
+    """Cut rows into packs that are replayed side by side."""
+    most_rows = ROWS_AT_ONCE.get(device.type, ROWS_AT_ONCE_ELSEWHERE)
+    pack: list[FeatureRow] = []
+    room = CONTEXT_AT_ONCE
+    for row in rows:
+        room -= len(row.input_ids)
+        if pack and (len(pack) == most_rows or room < 0):
+            yield pack
+            pack, room = [], CONTEXT_AT_ONCE - len(row.input_ids)
+        pack.append(row)
     if pack:
         yield pack
 
 
-def _evaluate(drafter: Drafter, head: FrozenHead, pack: list[_Piece]) -> Tensor:
-    """Give `[A]` num_accepted of every start in a pack."""
-    parameter = next(drafter.parameters())
-    config, device = drafter.config, parameter.device
-    anchors = torch.cat([piece.anchors for piece in pack])
-    # Column i is the stored token i places after the anchor: draft i should be it.
-    tokens = torch.cat(
-        [block_labels(p.row.input_ids, p.anchors, config.num_drafts + 1) for p in pack]
-    )
-    tokens = tokens.to(device)
-    offered = torch.cat([_num_offered(p.row, p.anchors, config.num_drafts) for p in pack])
-    stored = torch.cat([len(p.row.input_ids) - 1 - p.anchors for p in pack])
-    features = torch.cat([p.row.features[: p.stop - 1] for p in pack])
-    blocks = Blocks(
-        context_offsets=_offsets([p.stop - 1 for p in pack]),
-        block_offsets=_offsets([p.stop - p.first for p in pack]),
-        anchor_positions=anchors.to(device),
-        widths=(offered + config.first_slot).to(device),
-    )
-    embeddings = block_embeddings(
-        head, tokens[:, 0], num_slots=config.block_size, config=config
-    ).to(parameter.dtype)
-    hidden = drafter(embeddings, features.to(device, parameter.dtype), blocks)
-    usable = torch.minimum(offered, stored).to(device)
-    return _count_accepted(
-        drafter, head, hidden[:, config.first_slot :], tokens=tokens, usable=usable
-    )
+@dataclass(kw_only=True)
+class _Walk:
+    """One row on the way from its first answer token to its last."""
+
+    row: FeatureRow
+    trace: ReplayTrace
+    start: int
+    """Position of the next step's anchor."""
+
+    @classmethod
+    def begin(cls, row: FeatureRow) -> "_Walk":
+        end = len(row.input_ids) - 1
+        trace = ReplayTrace(starts=[], num_accepted=[], widths=[], end=end)
+        return cls(row=row, trace=trace, start=row.prompt_length)
+
+    @property
+    def is_open(self) -> bool:
+        return self.start < self.trace.end
+
+    @property
+    def num_context(self) -> int:
+        """Tokens before the last start: what the blocks of this row may see."""
+        return self.trace.end - 1 if self.is_open else 0
+
+    def next_starts(self, number: int) -> range:
+        """Give the next position and those after it, at which the steps to come may start."""
+        stop = min(self.start + number, self.trace.end)
+        return range(self.start, max(self.start, stop))
+
+    def follow(self, starts: range, accepted: list[int], *, num_drafts: int) -> None:
+        """Take the steps that start at positions whose counts are known."""
+        while self.start < starts.stop:
+            num_accepted = accepted[self.start - starts.start]
+            self.trace.starts.append(self.start)
+            self.trace.num_accepted.append(num_accepted)
+            self.trace.widths.append(1 + min(num_drafts, self.row.max_length - self.start - 1))
+            self.start += min(num_accepted + 1, self.trace.end - self.start)
+
+
+class _Pack:
+    """Rows replayed together, whose context is projected once."""
+
+    def __init__(self, drafter: Drafter, head: FrozenHead, rows: list[FeatureRow]) -> None:
+        self.drafter, self.head = drafter, head
+        self.walks = [_Walk.begin(row) for row in rows]
+        self.parameter = next(drafter.parameters())
+        lengths = [walk.num_context for walk in self.walks]
+        self.context_offsets = _offsets(lengths)
+        by_row = [self._context(row, length) for row, length in zip(rows, lengths, strict=True)]
+        self.contexts = [_end_to_end(list(layer)) for layer in zip(*by_row, strict=True)]
+
+    @property
+    def num_open(self) -> int:
+        """Rows that have steps left."""
+        return sum(walk.is_open for walk in self.walks)
+
+    def _context(self, row: FeatureRow, length: int) -> list[ContextKV]:
+        device, dtype = self.parameter.device, self.parameter.dtype
+        features = row.features[:length].to(device, dtype)
+        return self.drafter.project_context(features, torch.arange(length, device=device))
+
+    def step(self) -> None:
+        """Evaluate the next starts of every open row in one drafter pass, and follow them."""
+        is_full = self.num_open >= FEW_ROWS
+        number = 1 if is_full else max(1, BLOCKS_AT_ONCE // self.num_open)
+        starts = [walk.next_starts(number) for walk in self.walks]
+        counts = self._evaluate(starts).split([len(each) for each in starts])
+        for walk, each, accepted in zip(self.walks, starts, counts, strict=True):
+            walk.follow(each, accepted.tolist(), num_drafts=self.drafter.config.num_drafts)
+
+    def _evaluate(self, starts: list[range]) -> Tensor:
+        """Give `[A]` num_accepted of the starts of each row."""
+        config, device = self.drafter.config, self.parameter.device
+        rows = [walk.row for walk in self.walks]
+        by_row = [torch.arange(each.start, each.stop) for each in starts]
+        anchors = torch.cat(by_row)
+        # Column i is the stored token i places after the anchor: draft i should be it.
+        labels = (
+            block_labels(row.input_ids, each, config.num_drafts + 1)
+            for row, each in zip(rows, by_row, strict=True)
+        )
+        tokens = torch.cat(list(labels)).to(device)
+        sizes = torch.tensor([len(each) for each in starts])
+        # The bonus token needs room too.
+        max_lengths = torch.tensor([row.max_length for row in rows]).repeat_interleave(sizes)
+        offered = (max_lengths - anchors - 1).clamp(max=config.num_drafts)
+        stored = torch.tensor([walk.trace.end for walk in self.walks]).repeat_interleave(sizes)
+        blocks = Blocks(
+            context_offsets=self.context_offsets,
+            block_offsets=_offsets(sizes.tolist()),
+            anchor_positions=anchors.to(device),
+            widths=(offered + config.first_slot).to(device),
+        )
+        embeddings = block_embeddings(
+            self.head, tokens[:, 0], num_slots=config.block_size, config=config
+        ).to(self.parameter.dtype)
+        hidden = self.drafter.denoise(embeddings, self.contexts, blocks)
+        usable = torch.minimum(offered, stored - anchors).to(device)
+        return _count_accepted(
+            self.drafter, self.head, hidden[:, config.first_slot :], tokens=tokens, usable=usable
+        )
 
 
 def _count_accepted(
@@ -172,23 +253,11 @@ def _count_accepted(
     return accepted.cpu()
 
 
-def _walk_chain(row: FeatureRow, accepted: list[int], *, num_drafts: int) -> ReplayTrace:
-    """Follow the starts from the first answer token to the end."""
-    first, end = row.prompt_length, len(row.input_ids) - 1
-    trace = ReplayTrace(starts=[], num_accepted=[], widths=[], end=end)
-    start = first
-    while start < end:
-        num_accepted = accepted[start - first]
-        trace.starts.append(start)
-        trace.num_accepted.append(num_accepted)
-        trace.widths.append(1 + min(num_drafts, row.max_length - start - 1))
-        start += min(num_accepted + 1, end - start)
-    return trace
-
-
-def _num_offered(row: FeatureRow, anchors: Tensor, num_drafts: int) -> Tensor:
-    """Give `[A]` int64, tokens that a step at each anchor drafts: the bonus token needs room."""
-    return (row.max_length - anchors - 1).clamp(max=num_drafts)
+def _end_to_end(rows: list[ContextKV]) -> ContextKV:
+    """Join the rows of one layer, laid out as attention reads them so that no pass copies them."""
+    k_GTD = torch.cat([row.k.transpose(0, 1) for row in rows], dim=1)
+    v_GTD = torch.cat([row.v.transpose(0, 1) for row in rows], dim=1)
+    return ContextKV(k_GTD.transpose(0, 1), v_GTD.transpose(0, 1))
 
 
 def _offsets(lengths: list[int]) -> list[int]:

@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from dflash_train.config import RecipeConfig
 from dflash_train.drafter.model import Drafter
+from dflash_train.features.frozen_head import FrozenHead
 from dflash_train.features.store import FeatureStore
-from dflash_train.features.target import FrozenHead
 from dflash_train.records.manifest import FILE_NAME, Manifest
 from dflash_train.training.calibration import (
     Calibration,

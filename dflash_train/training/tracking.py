@@ -1,7 +1,6 @@
 """Where curves go: `metrics.jsonl` always, Weights & Biases when asked."""
 
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Protocol
 
 import orjson
@@ -86,6 +85,12 @@ class WandbTracker:
         """Send the numbers of one step under slash-separated names."""
         self._run.log(flatten(values), step=step)
 
+    def log_table(self, name: str, columns: list[str], rows: list[list[Any]]) -> None:
+        """Send a table; its cells are plain values or None."""
+        import wandb
+
+        self._run.log({name: wandb.Table(columns=columns, data=rows)})
+
     def close(self) -> None:
         """Finish the run."""
         self._run.finish()
@@ -106,12 +111,7 @@ class Trackers:
     def __enter__(self) -> "Trackers":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         for tracker in self._trackers:
             tracker.close()
 

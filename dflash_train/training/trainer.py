@@ -22,8 +22,8 @@ from dflash_train.config import RecipeConfig, require, to_plain
 from dflash_train.drafter.checkpoint import save_checkpoint
 from dflash_train.drafter.config import DrafterConfig
 from dflash_train.drafter.model import Drafter, block_embeddings
+from dflash_train.features.frozen_head import FrozenHead
 from dflash_train.features.store import FeatureStore
-from dflash_train.features.target import FrozenHead
 from dflash_train.records.manifest import FileEntry, Manifest
 from dflash_train.training.accelerator import cpu_products
 from dflash_train.training.averaging import AveragedDrafter

@@ -14,7 +14,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from dflash_train.drafter.model import Drafter
-from dflash_train.features.target import FrozenHead
+from dflash_train.features.frozen_head import FrozenHead
 
 _CHUNK = 256
 """Slots whose candidates' head rows `[c, C, E]` exist at once."""
@@ -93,5 +93,5 @@ def _scores(
         hidden_cE,
         previous_c,
         logits_SC=drafter.shape_logits(logits_cC),
-        ids_SC=head.to_target_ids(index_cC),
+        ids_SC=head.output_ids[index_cC],
     )

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dflash_train.features.frozen_head import FrozenHead
 from dflash_train.features.store import FeatureStore
-from dflash_train.features.target import FrozenHead
 from dflash_train.training.blocks import hashed_generator
 
 

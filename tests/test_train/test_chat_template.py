@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from dflash_train.config import ServingSampling
@@ -107,6 +107,79 @@ def test_logged_token_ids_rule_over_the_text():
     row = render(tiny_tokenizer(), logged)
     assert row.input_ids == [7, 8, 9, 10, 2]
     assert row.loss_mask == [False, False, False, True, True]
+
+
+def rendered(answer: str | None = "fine", *, prompt: str | None = None, **fields: Any):
+    """Give the same call as `conversation`, its prompt as an engine's log holds it."""
+    text = parts(tiny_tokenizer(), render(tiny_tokenizer(), conversation()))[0]
+    messages = [Turn(role="user", content=text if prompt is None else prompt)]
+    if answer is not None:
+        messages.append(Turn(role="assistant", content=answer))
+    return conversation(messages=messages, has_rendered_prompt=True, **fields)
+
+
+@pytest.mark.parametrize("fields", [
+    {}, {"finish_reason": "length"}, {"finish_reason": None}, {"sampling": {"stop": ["###"]}},
+])  # fmt: skip
+def test_a_rendered_prompt_gives_the_row_of_its_messages(fields: dict[str, Any]):
+    tokenizer = tiny_tokenizer()
+    want = render(tokenizer, conversation(**fields))
+    assert render(tokenizer, rendered(**fields)) == want
+    for record in (rendered(**fields), rendered(None, **fields)):
+        assert render_request(tokenizer, record) == want.input_ids[: want.prompt_length]
+
+
+def test_placeholders_behind_a_rendered_prompt_are_masked():
+    spans = Privacy(spans=[(0, 2, 9, "EMAIL"), (1, 4, 11, "EMAIL")])
+    record = rendered("ask EMAIL_1 soon", privacy=spans)
+    tokenizer = tiny_tokenizer()
+    row = render(tokenizer, record)
+    assert parts(tokenizer, row)[1] == "ask  soon<|im_end|>"
+    assert row.loss_mask[row.prompt_length :].count(False) == len("EMAIL_1")
+
+
+def test_an_answer_behind_a_prompt_of_no_chat_gets_no_end_token():
+    tokenizer = tiny_tokenizer()
+    row = render(tokenizer, rendered(" free.", prompt="Bay 4 is"))
+    assert tokenizer.decode(row.input_ids) == "Bay 4 is free."
+    assert parts(tokenizer, row) == ("Bay 4 is", " free.")
+
+
+def test_logged_ids_of_a_rendered_prompt_go_to_the_target_if_they_spell_it():
+    tokenizer = tiny_tokenizer()
+    prompt = "Say <|mask|>"
+    spelt = [i for char in prompt for i in tokenizer(char, add_special_tokens=False).input_ids]
+    plain = render_request(tokenizer, rendered(None, prompt=prompt))
+    assert plain != spelt
+    for ids, want in ((spelt, spelt), (spelt[1:], plain), ([9_999], plain), ([-1], plain)):
+        record = rendered(None, prompt=prompt, prompt_token_ids=ids)
+        assert render_request(tokenizer, record) == want
+
+
+def test_a_rendered_prompt_begins_with_one_token_of_the_texts_beginning():
+    tokenizer = tiny_tokenizer()
+    begin = tokenizer.bos_token = "<|endoftext|>"
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{begin} $A", special_tokens=[(begin, tokenizer.bos_token_id)]
+    )
+    for prompt in ("Bay 4 is", begin + "Bay 4 is"):
+        record = rendered(" free.", prompt=prompt)
+        assert tokenizer.decode(render_request(tokenizer, record)) == begin + "Bay 4 is"
+        row = render(tokenizer, record)
+        assert parts(tokenizer, row) == (begin + "Bay 4 is", " free.")
+
+
+def test_what_cannot_be_put_behind_a_rendered_prompt_is_refused():
+    tokenizer = tiny_tokenizer()
+    thought = Turn(role="assistant", content="fine", reasoning="hm")
+    called = Turn(role="assistant", tool_calls=[{"id": None, "name": "f", "arguments": "{}"}])
+    for answer in (thought, called, Turn(role="assistant", content="a<|im_end|>b")):
+        record = rendered(None)
+        record.messages.append(answer)
+        with pytest.raises(UnstableBoundaryError):
+            render(tokenizer, record)
+    with pytest.raises(UnstableBoundaryError, match="not an empty one"):
+        render_request(tokenizer, rendered(None, prompt=""))
 
 
 @pytest.mark.parametrize(

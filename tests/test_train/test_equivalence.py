@@ -9,7 +9,8 @@ from torch import Tensor
 
 from dflash_train.drafter.attention import Blocks
 from dflash_train.drafter.model import Drafter, block_embeddings
-from dflash_train.features.target import FrozenHead, Target
+from dflash_train.features.frozen_head import FrozenHead
+from dflash_train.features.target import Target
 from dflash_train.testing import FAMILIES, VARIANTS, assert_close, tiny_drafter, tiny_target
 
 NUM_SLOTS = 5

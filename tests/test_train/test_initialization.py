@@ -47,7 +47,7 @@ def test_context_values_start_as_the_targets_own(target: Target) -> None:
     source = target.model.get_decoder().get_submodule("layers.4")
     normed = source.get_submodule("input_layernorm")(features[:, 32:])
     want = source.get_submodule("self_attn.v_proj")(normed).unflatten(-1, (-1, 8))
-    got = drafter._project_context(features, torch.arange(19))[0].v
+    got = drafter.project_context(features, torch.arange(19))[0].v
     assert_close("values", got, want, 1e-5)  # the target's norms compute in float32
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from msgspec.structs import replace
@@ -40,6 +41,16 @@ def with_ids() -> Conversation:
     return replace(record("ab2"), prompt_token_ids=[4, 5], output_token_ids=output)
 
 
+def rendered(name: str, **fields: Any) -> Conversation:
+    asked = Turn(role="user", content="<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n")
+    return replace(
+        record(name),
+        messages=[asked, *record(name).messages[1:]],
+        has_rendered_prompt=True,
+        **fields,
+    )
+
+
 def off_policy(name: str) -> Conversation:
     return replace(record(name, "theirs"), on_policy=False, on_policy_reason="other_model")
 
@@ -55,6 +66,10 @@ def run_dir(tmp_path: Path) -> Path:
     answered = replace(record("cd", "ours"), origin="regenerated")
     train = [redacted(), with_ids(), off_policy("cd"), off_policy("ef")]
     write_shard(conversations / "train-00000.jsonl.gz", train)
+    theirs = {"on_policy": False, "on_policy_reason": "other_model"}
+    write_shard(
+        conversations / "validation-00000.jsonl.gz", [rendered("ij"), rendered("kl", **theirs)]
+    )
     held_out = [record("gh", "\x1b[2Jfine", split="test")]
     write_shard(conversations / "test-00000.jsonl.gz", held_out)
     write_shard(tmp_path / "run" / "regenerated" / "train-00000.jsonl.gz", [answered])
@@ -121,6 +136,15 @@ def test_ids_of_the_log_are_shown_as_passed_through(inspect: Inspect):
     assert "{+fine<|im_end|>+}" in shown
 
 
+@pytest.mark.parametrize(("name", "answer"), [("ij", "{+fine<|im_end|>+}"), ("kl", "")])
+def test_a_prompt_that_was_logged_rendered_is_shown_as_it_is(
+    inspect: Inspect, name: str, answer: str
+):
+    shown = inspect(f"id=sha256:{name}")
+    assert "ids         text as logged, no template" in shown
+    assert shown.endswith(f"\n\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n{answer}\n")
+
+
 def test_a_row_that_collect_would_drop_says_why(inspect: Inspect, run_dir: Path):
     broken = replace(with_ids(), usage={"completion_tokens": 99})
     write_shard(run_dir / "conversations" / "train-00000.jsonl.gz", [broken])
@@ -160,7 +184,7 @@ def test_control_characters_of_a_log_are_spelt_out(inspect: Inspect):
         (["id=sha256:ab"], "id (=sha256:ab) begins the ids of 2 records"),
         (["index=first"], "index (=first) must be a whole number"),
         (["index=-1"], "index (=-1) must be a whole number"),
-        (["index=5"], "index (=5) must be below 5, the records of this run"),
+        (["index=7"], "index (=7) must be below 7, the records of this run"),
         (["index=1", "split=test"], "must be below 1, the records of the split test"),
         (["index=0", "split=holdout"], "split (=holdout) is not in this run. Known splits: test, "),
         (["index=0", "name=other"], "holds no record. Run `dflash-train ingest`"),

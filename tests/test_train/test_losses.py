@@ -9,8 +9,9 @@ from torch.nn import functional
 
 from dflash_train.config import LossConfig, Weighting
 from dflash_train.drafter.model import Drafter, block_embeddings
+from dflash_train.features.frozen_head import FrozenHead
 from dflash_train.features.store import FeatureRow
-from dflash_train.features.target import FrozenHead, Target
+from dflash_train.features.target import Target
 from dflash_train.features.teacher import TeacherRow
 from dflash_train.testing import VARIANTS, assert_close, tiny_drafter
 from dflash_train.training.batching import BlockSettings, TrainingBatch, collate

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from dflash_train.config import DrafterSettings
+from dflash_train.drafter.attention import Blocks, ContextKV
 from dflash_train.drafter.config import DrafterConfig
 from dflash_train.drafter.model import Drafter, block_embeddings
+from dflash_train.features.frozen_head import FrozenHead
 from dflash_train.features.store import FeatureRow
-from dflash_train.features.target import FrozenHead, Target
+from dflash_train.features.target import Target
 from dflash_train.testing import DECODED_VARIANTS, MASK_TOKEN_ID, SLIDING
 from dflash_train.training import replay as replay_module
 from dflash_train.training.replay import ReplayTrace, replay, replay_many, replay_rows
@@ -212,9 +214,30 @@ def test_replay_does_not_depend_on_how_starts_are_grouped(
     drafter: Drafter, target64: Target, rows: list[FeatureRow], monkeypatch: pytest.MonkeyPatch
 ):
     expected = [replay(drafter, target64.head, row) for row in rows]
-    monkeypatch.setattr(replay_module, "BLOCKS_AT_ONCE", 5)
+    monkeypatch.setattr(replay_module, "ROWS_AT_ONCE", {"cpu": 3})
+    monkeypatch.setattr(replay_module, "BLOCKS_AT_ONCE", 7)
     monkeypatch.setattr(replay_module, "SLOTS_AT_ONCE", 3)
     assert replay_rows(drafter, target64.head, rows) == expected
+    monkeypatch.setattr(replay_module, "FEW_ROWS", 1)  # one step of every row, never ahead
+    assert replay_rows(drafter, target64.head, rows) == expected
+    monkeypatch.setattr(replay_module, "CONTEXT_AT_ONCE", 1)  # every row alone
+    assert replay_rows(drafter, target64.head, rows) == expected
+
+
+def test_a_start_that_no_step_visits_is_not_evaluated(
+    drafter: Drafter, target64: Target, rows: list[FeatureRow], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(replay_module, "FEW_ROWS", 1)
+    evaluated: list[int] = []
+    denoise = drafter.denoise
+
+    def counting(block_embeddings: Tensor, contexts: list[ContextKV], blocks: Blocks) -> Tensor:
+        evaluated.extend(blocks.anchor_positions.tolist())
+        return denoise(block_embeddings, contexts, blocks)
+
+    monkeypatch.setattr(drafter, "denoise", counting)
+    traces = replay_rows(drafter, target64.head, rows)
+    assert sorted(evaluated) == sorted(start for trace in traces for start in trace.starts)
 
 
 def test_an_answer_of_one_token_has_no_verify_step(

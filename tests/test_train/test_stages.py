@@ -1,7 +1,9 @@
 from pathlib import Path
 
 from dflash_train.config import compose, to_plain
-from dflash_train.stages import SAMPLE_TRAFFIC, STAGES, Workshop, _log_inputs
+from dflash_train.stages.inputs import log_inputs
+from dflash_train.stages.table import SAMPLE_TRAFFIC, STAGES
+from dflash_train.stages.workshop import Workshop
 
 
 def call(question: str) -> str:
@@ -13,14 +15,14 @@ def test_a_changed_log_is_seen_although_another_folder_has_its_name(tmp_path: Pa
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "requests.jsonl").write_text(call(folder))
     workshop = Workshop(compose([f"data.logs={tmp_path}"]))
-    before = _log_inputs(workshop)
+    before = log_inputs(workshop)
     for folder in ("monday", "tuesday"):
         path = tmp_path / folder / "requests.jsonl"
         content = path.read_text()
         path.write_text(call("another"))
-        assert _log_inputs(workshop) != before
+        assert log_inputs(workshop) != before
         path.write_text(content)
-    assert _log_inputs(workshop) == before
+    assert log_inputs(workshop) == before
 
 
 def test_every_key_of_a_recipe_belongs_to_a_stage_or_is_known_to_change_no_result():
@@ -31,6 +33,8 @@ def test_every_key_of_a_recipe_belongs_to_a_stage_or_is_known_to_change_no_resul
         "data.logs", "data.hmac_key_file",  # inputs of ingest, by content
         "executor",  # where ingest runs
         "data.endpoints",  # where answers come from; what of it decides them, stages name
+        "data.collect_engine",  # an input of collect, by name
+        "data.vllm_python", "data.vllm_settings",  # where that engine is, how fast it runs
     }  # fmt: skip
     known = harmless.union(*(stage.settings for stage in (SAMPLE_TRAFFIC, *STAGES)))
     recipe = to_plain(compose(["recipe=smollm2"]))

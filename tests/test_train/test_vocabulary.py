@@ -3,8 +3,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from dflash_train.features.frozen_head import FrozenHead
 from dflash_train.features.store import FeatureStore
-from dflash_train.features.target import FrozenHead
 from dflash_train.testing import assert_close
 from dflash_train.training.vocabulary import count_labels, most_frequent_ids, sample_head
 
