@@ -1,8 +1,9 @@
 """`dflash-train <verb> recipe=<name> key=value ...`: compose, validate, hand over to the stages.
 
-Progress goes to stderr; the output folder is the last line of stdout, `doctor` prints its findings
-there. Exit codes: 0 done, 1 a check failed, 2 the user can fix it, 130 interrupted with the work so
-far kept.
+Progress goes to stderr; the output folder is the last line of stdout, `doctor` and `compare` print
+their findings there. Exit codes: 0 done, 1 a check failed or `compare first_difference=true` found
+one, 2 the user can fix it, 3 the report did not pass `fail_under=` or `baseline=`, 130 interrupted
+with the work so far kept.
 """
 
 import argparse
@@ -14,10 +15,15 @@ from pathlib import Path
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from dflash_train import stages
 from dflash_train.config import RecipeConfig, UnavailableError, compose, require, to_plain
 from dflash_train.release.finding import Status
 from dflash_train.release.inspection import print_view, read_choice
+from dflash_train.stages import judgement, tools
+from dflash_train.stages.estimates import ESTIMATES
+from dflash_train.stages.publication import export_dataset
+from dflash_train.stages.table import stage_named
+from dflash_train.stages.walk import run, run_stage
+from dflash_train.stages.workshop import Workshop
 
 VERBS = {
     "run": "walk all stages of a recipe: traffic log to report",
@@ -26,8 +32,12 @@ VERBS = {
     "collect": "answered conversations -> the feature store",
     "train": "features -> drafter",
     "evaluate": "drafter + held-out answers -> traces",
-    "report": "traces -> report.json, report.md, report.html",
+    "report": "traces -> report.json, report.md, report.html; [fail_under=2.0] [baseline=FILE]",
+    "compare": "two runs, reports or trace files: A B [first_difference=true] [json=true]",
+    "generate": "chat in this terminal, accepted tokens coloured: checkpoint=DIR [prompt=TEXT]",
+    "serve": "OpenAI endpoint to try a drafter and record traffic: checkpoint=DIR [serve.log=FILE]",
     "inspect": "print a conversation, supervised tokens coloured: id=ID or index=N [split=NAME]",
+    "export-dataset": "conversations -> a repository for `datasets`: license=ID [out=DIR]",
     "doctor": "check a drafter against its target: checkpoint=DIR target.name_or_path=NAME",
     "sample-traffic": "play a simulated fleet of clients: out=FILE [seed=0] [requests=600]",
 }
@@ -38,6 +48,8 @@ def main(arguments: list[str] | None = None) -> int:
     parsed = _parser().parse_intermixed_args(arguments)
     if parsed.verb == "sample-traffic":
         return exit_code("dflash-train sample-traffic", lambda: _play_fleet(parsed.overrides))
+    if parsed.verb == "compare":
+        return exit_code("dflash-train compare", lambda: judgement.compare(parsed.overrides))
     return exit_code(f"dflash-train {parsed.verb}", lambda: _run_verb(parsed))
 
 
@@ -87,7 +99,12 @@ def _parser() -> argparse.ArgumentParser:
 def _run_verb(parsed: argparse.Namespace) -> int:
     if parsed.verb == "inspect":
         return _inspect(parsed)
-    config = compose(parsed.overrides, parsed.recipes)
+    if parsed.verb == "export-dataset":
+        return _export_dataset(parsed)
+    gate, overrides = judgement.Gate(), parsed.overrides
+    if parsed.verb in judgement.GATE_VERBS:
+        gate, overrides = judgement.read_gate(overrides)
+    config = compose(overrides, parsed.recipes)
     if parsed.print_recipe:
         print(OmegaConf.to_yaml(OmegaConf.create(to_plain(config))), end="")
         return 0
@@ -95,31 +112,30 @@ def _run_verb(parsed: argparse.Namespace) -> int:
         return _estimate(parsed.verb, config)
     if parsed.verb == "doctor":
         return _examine(config)
+    if parsed.verb == "serve":
+        serving.serve(config)
+        return 0
     if parsed.verb == "run":
-        stages.run(config, force=parsed.force)
+        run(config, force=parsed.force)
         folder = config.run_dir / "report"
-        for line in stages.summary(config):
+        for line in tools.summary(config):
             print(line)
     else:
-        stages.run_stage(stages.Workshop(config), parsed.verb, force=parsed.force)
-        folder = config.run_dir / stages.stage_folder(parsed.verb)
+        run_stage(Workshop(config), parsed.verb, force=parsed.force)
+        folder = config.run_dir / stage_named(parsed.verb).folder
+    code = judgement.pass_gate(config, gate)
     if os.environ.get("RANK", "0") == "0":  # one line, however many processes there are
         print(folder)
-    return 0
+    return code
 
 
 def _estimate(verb: str, config: RecipeConfig) -> int:
     """Print what a stage would take."""
-    estimates = {
-        "ingest": stages.estimate_ingest,
-        "regenerate": stages.estimate_regeneration,
-        "collect": stages.estimate_collection,
-    }
     require(
-        verb in estimates,
-        f"--dry-run is for {', '.join(estimates)}, not for `{verb}`. Leave it out.",
+        verb in ESTIMATES,
+        f"--dry-run is for {', '.join(ESTIMATES)}, not for `{verb}`. Leave it out.",
     )
-    for line in estimates[verb](config):
+    for line in ESTIMATES[verb](config):
         print(line)
     return 0
 
@@ -128,13 +144,37 @@ def _inspect(parsed: argparse.Namespace) -> int:
     """Print one conversation; the keys that choose it are no part of the recipe."""
     choice, overrides = read_choice(parsed.overrides)
     config = compose(overrides, parsed.recipes)
-    print_view(stages.view_conversation(config, choice), Console())
+    print_view(tools.view_conversation(config, choice), Console())
+    return 0
+
+
+def _export_dataset(parsed: argparse.Namespace) -> int:
+    """Write a dataset repository; licence and folder are no part of the recipe."""
+    chosen, overrides = {"license": "", "out": ""}, []
+    for argument in parsed.overrides:
+        key, _, value = argument.partition("=")
+        if key in chosen:
+            chosen[key] = value
+        else:
+            overrides.append(argument)
+    config = compose(overrides, parsed.recipes)
+    out = Path(chosen["out"]) if chosen["out"] else None
+    print(export_dataset(config, license_id=chosen["license"], out=out))
+    return 0
+
+
+def _generate(parsed: argparse.Namespace) -> int:
+    """Chat; a single prompt is no part of the recipe."""
+    prefix = "prompt="
+    prompts = [each.removeprefix(prefix) for each in parsed.overrides if each.startswith(prefix)]
+    overrides = [each for each in parsed.overrides if not each.startswith(prefix)]
+    serving.generate(compose(overrides, parsed.recipes), prompts[-1] if prompts else None)
     return 0
 
 
 def _examine(config: RecipeConfig) -> int:
     """Print the doctor's findings, one a line; 1 if a check failed."""
-    findings = stages.examine_checkpoint(config)
+    findings = tools.examine_checkpoint(config)
     for finding in findings:
         print(finding)
     num_failed = sum(finding.status is Status.failed for finding in findings)
@@ -154,7 +194,7 @@ def _play_fleet(overrides: list[str]) -> int:
     require(bool(settings["out"]), "sample-traffic: out must be set: add out=FILE.")
     numbers = {key: _whole_number(key, settings[key]) for key in ("seed", "requests")}
     out = Path(settings["out"])
-    counts = stages.play_fleet(out, seed=numbers["seed"], num_requests=numbers["requests"])
+    counts = tools.play_fleet(out, seed=numbers["seed"], num_requests=numbers["requests"])
     listed = ", ".join(f"{kind} {number}" for kind, number in counts.items())
     print(f"sample-traffic: {listed}", file=sys.stderr)
     print(out)

@@ -2,6 +2,7 @@
 
 from dflash_train.config.checks import UnavailableError, require
 from dflash_train.config.data import (
+    CollectEngine,
     DataConfig,
     EndpointApi,
     EndpointsConfig,
@@ -9,6 +10,7 @@ from dflash_train.config.data import (
     Regenerate,
     SampleTrafficConfig,
     ServingSampling,
+    VllmSettings,
     parse_moment,
 )
 from dflash_train.config.learning import (
@@ -25,6 +27,7 @@ from dflash_train.config.models import (
     Attention,
     DrafterInit,
     DrafterSettings,
+    DrafterVariant,
     Dtype,
     TargetConfig,
 )
@@ -39,14 +42,18 @@ from dflash_train.config.recipe import (
     known_recipes,
     recipes_dir,
     register,
+    set_name,
     to_plain,
 )
+from dflash_train.config.serving import ServeConfig
 
 __all__ = [
     "Attention",
+    "CollectEngine",
     "DataConfig",
     "DrafterInit",
     "DrafterSettings",
+    "DrafterVariant",
     "Dtype",
     "EndpointApi",
     "EndpointsConfig",
@@ -63,11 +70,13 @@ __all__ = [
     "Regenerate",
     "SampleTrafficConfig",
     "ScheduleName",
+    "ServeConfig",
     "ServingSampling",
     "TargetConfig",
     "TrackingConfig",
     "TrainingConfig",
     "UnavailableError",
+    "VllmSettings",
     "WandbMode",
     "Weighting",
     "compose",
@@ -76,5 +85,6 @@ __all__ = [
     "recipes_dir",
     "register",
     "require",
+    "set_name",
     "to_plain",
 ]  # fmt: skip

@@ -33,6 +33,46 @@ class Regenerate(Enum):
     """The call is dropped as `off_policy`."""
 
 
+class CollectEngine(Enum):
+    """What runs the target in `collect`."""
+
+    transformers = "transformers"
+    """This process, or all processes of an `accelerate launch`."""
+    vllm = "vllm"
+    """One vLLM under a Python of its own, `data.vllm_python`."""
+
+
+@dataclass(kw_only=True)
+class VllmSettings:
+    """Arguments of `vllm.LLM` that decide speed and memory, and features only within rounding.
+
+    None leaves vLLM's own value.
+    """
+
+    gpu_memory_utilization: float | None = None
+    """Share of a GPU's memory that vLLM takes for weights and cache."""
+    max_num_batched_tokens: int | None = None
+    """Tokens of one step; longer prompts are read in several."""
+    max_num_seqs: int | None = None
+    """Rows of one step."""
+    tensor_parallel_size: int | None = None
+    """GPUs that share each layer."""
+
+    def __post_init__(self) -> None:
+        share = self.gpu_memory_utilization
+        require(
+            share is None or 0 < share <= 1,
+            f"data.vllm_settings.gpu_memory_utilization (={share}) must be above 0 and at most 1. "
+            "Set it to 0.9.",
+        )
+        for name in ("max_num_batched_tokens", "max_num_seqs", "tensor_parallel_size"):
+            value = getattr(self, name)
+            require(
+                value is None or value >= 1,
+                f"data.vllm_settings.{name} (={value}) must be at least 1. Leave it out.",
+            )
+
+
 @dataclass(kw_only=True)
 class ServingSampling:
     """How the target is sampled in production: what logged answers are compared with.
@@ -213,6 +253,9 @@ class DataConfig:
     """Names under which the log knows the target, in full: NAME for any of its revisions, or
     NAME@REVISION for one; where a LoRA adapter answered, its name counts. Empty: no logged answer
     is the target's, all are written again."""
+    served_model: str | None = None
+    """The model whose server wrote logs that name none (SGLang's, and vLLM's where no request body
+    was logged), as `data.target_aliases` calls it; None: their answers count as another model's."""
     target_valid_from: str | None = None
     """First moment at which those names meant these weights, such as 2026-10-01T00:00:00Z (UTC
     unless it says else); None: they always did."""
@@ -230,12 +273,25 @@ class DataConfig:
     """Number format of stored target features."""
     shard_bytes: int = 512 * 2**20
     """Largest feature shard that `collect` writes, in bytes; a row beyond that has its own."""
+    collect_engine: CollectEngine = CollectEngine.transformers
+    """What runs the target in `collect`: this Python (`transformers`), or `vllm` in another one.
+    Both give the same features within rounding; vllm keeps no teacher and takes one process."""
+    vllm_python: str | None = None
+    """Interpreter of the environment that holds vLLM 0.32, such as /opt/vllm/bin/python; read where
+    `collect_engine` is vllm."""
+    vllm_settings: VllmSettings = field(default_factory=VllmSettings)
+    """Speed and memory of that vLLM."""
     teacher_top_k: int = 0
     """k, 0 .. V: keep the target's k most probable tokens at each answer token, for losses against
     its distribution, at 8 * k bytes per token; 0 keeps none."""
 
     def __post_init__(self) -> None:
         _check_validity(self.target_valid_from, self.target_valid_until)
+        require(
+            self.served_model != "",
+            "data.served_model (=) must not be empty. Set it to a name of data.target_aliases, or "
+            "to null if the server was not the target's.",
+        )
         require(
             bool(self.target_aliases) or self.regenerate is not Regenerate.never,
             f"data.target_aliases (={self.target_aliases}) names nothing, so data.regenerate "
@@ -257,6 +313,7 @@ class DataConfig:
             f"data.teacher_top_k (={self.teacher_top_k}) must not be negative. Set it to 0 to keep "
             "none, or to 8.",
         )
+        self._check_engine()
         for name in ("max_age_days", "validation_days", "test_days"):
             value = getattr(self, name)
             require(value is None or value > 0, f"data.{name} (={value}) must be above 0.")
@@ -277,6 +334,20 @@ class DataConfig:
             self.validation_share + self.test_share < 1,
             f"data.validation_share (={self.validation_share}) and data.test_share "
             f"(={self.test_share}) leave nothing to train on. Lower them to 0.1 and 0.18.",
+        )
+
+    def _check_engine(self) -> None:
+        is_vllm = self.collect_engine is CollectEngine.vllm
+        require(
+            not is_vllm or self.vllm_python is not None,
+            "data.collect_engine (=vllm) needs data.vllm_python (=None), the Python of an "
+            "environment that has vLLM 0.32. Set it to /opt/vllm/bin/python, for example.",
+        )
+        require(
+            not is_vllm or self.teacher_top_k == 0,
+            f"data.teacher_top_k (={self.teacher_top_k}) needs the target's distributions, and "
+            "data.collect_engine (=vllm) gives hidden states only. Set data.collect_engine to "
+            "transformers, or data.teacher_top_k to 0.",
         )
 
 

@@ -44,8 +44,48 @@ class TargetConfig:
 
 
 @dataclass(kw_only=True)
-class DrafterSettings:
-    """The shape of the drafter; None copies the target's value."""
+class DrafterVariant:
+    """What makes a drafter differ from plain DFlash: the same fields in a recipe and a checkpoint.
+
+    The defaults are plain DFlash, which alone loads in every server.
+    """
+
+    attention_bias: bool = False
+    """Biases on the q, k, v and o projections."""
+    output_multiplier: float = 1.0
+    """Factor on the logits."""
+    layer_types: list[str] | None = None
+    """`full_attention` or `sliding_attention` per drafter layer; None is full everywhere."""
+    sliding_window: int | None = None
+    """W of the sliding layers, in tokens, the query's own position included."""
+    is_causal: bool | None = None
+    """Causality inside a block, of every layer; None: full layers bidirectional, sliding ones
+    causal."""
+    conv_kernel_size: int | None = None
+    """DFlash 2, with the three below (released: 2, 16, 256, 16): slots that a convolution mixes,
+    the slot itself included."""
+    conv_group_size: int | None = None
+    """DFlash 2: channels that share a dynamic kernel."""
+    selector_rank: int | None = None
+    """DFlash 2: width of the candidate selector's codebooks."""
+    selector_top_k: int | None = None
+    """DFlash 2: candidates per slot."""
+    markov_rank: int | None = None
+    """DSpark: width of the Markov head's tables (256); the slots' labels shift by one, so K slots
+    draft K tokens."""
+    markov_gated: bool = False
+    """DSpark: gate the previous token's row by the hidden state."""
+    has_confidence_head: bool = False
+    """DSpark: estimate each slot's acceptance probability."""
+    confidence_sees_markov: bool = True
+    """DSpark: the confidence head also reads the previous token's row."""
+    draft_vocab_size: int | None = None
+    """Vd: ids that can be drafted, the most frequent ones; None is the whole vocabulary."""
+
+
+@dataclass(kw_only=True)
+class DrafterSettings(DrafterVariant):
+    """The shape of the drafter that a recipe asks for; None copies the target's value."""
 
     block_size: int = 8
     """K: the anchor and K - 1 masked positions, predicted in one pass."""
@@ -67,38 +107,10 @@ class DrafterSettings:
     """Key and value heads."""
     head_dim: int | None = None
     """Width of one head."""
-    attention_bias: bool = False
-    """Biases on the q, k, v and o projections."""
     input_embedding_scale: float | None = None
     """Factor on raw embedding rows; None takes the target family's: sqrt(E) for Gemma, else 1."""
-    output_multiplier: float = 1.0
-    """Factor on the logits."""
     final_logit_softcapping: float | None = None
     """Cap of the logits; None takes the target's if it has one, 0 is no cap."""
-    layer_types: list[str] | None = None
-    """`full_attention` or `sliding_attention` per drafter layer; None is full everywhere."""
-    sliding_window: int | None = None
-    """W of the sliding layers, in tokens."""
-    is_causal: bool | None = None
-    """Causality inside a block; None: full layers bidirectional, sliding layers causal."""
-    conv_kernel_size: int | None = None
-    """DFlash 2, with the three below (released: 2, 16, 256, 16): slots a convolution mixes."""
-    conv_group_size: int | None = None
-    """DFlash 2: channels that share a dynamic kernel."""
-    selector_rank: int | None = None
-    """DFlash 2: width of the candidate selector's codebooks."""
-    selector_top_k: int | None = None
-    """DFlash 2: candidates per slot."""
-    markov_rank: int | None = None
-    """DSpark: width of the Markov head's tables (256); K slots then draft K tokens."""
-    markov_gated: bool = False
-    """DSpark: gate the previous token's row by the hidden state."""
-    has_confidence_head: bool = False
-    """DSpark: estimate each slot's acceptance probability."""
-    confidence_sees_markov: bool = True
-    """DSpark: the confidence head also reads the previous token's row."""
-    draft_vocab_size: int | None = None
-    """Ids that can be drafted, the most frequent ones; None is the whole vocabulary."""
 
     def __post_init__(self) -> None:
         require(

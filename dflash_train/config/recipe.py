@@ -21,6 +21,7 @@ from dflash_train.config.checks import require
 from dflash_train.config.data import DataConfig
 from dflash_train.config.learning import LaunchConfig, LossConfig, OptimConfig, TrainingConfig
 from dflash_train.config.models import DrafterSettings, TargetConfig
+from dflash_train.config.serving import ServeConfig
 
 
 class WandbMode(Enum):
@@ -30,12 +31,26 @@ class WandbMode(Enum):
     offline = "offline"
 
 
+PROMPT_SUFFIXES = (".jsonl", ".jsonl.gz")
+
+
+def set_name(entry: str) -> str:
+    """Give the name of an evaluation set: a file of prompts is named without folder and suffix."""
+    suffix = next((each for each in PROMPT_SUFFIXES if entry.endswith(each)), None)
+    return entry if suffix is None else Path(entry).name.removesuffix(suffix)
+
+
 @dataclass(kw_only=True)
 class EvaluateConfig:
     """What is measured, on which prompts."""
 
     eval_sets: list[str] = field(default_factory=lambda: ["humaneval"])
-    """Evaluation sets beside the held-out traffic; never trained on."""
+    """Evaluation sets beside the held-out traffic, never trained on: humaneval, gsm8k, math500,
+    mbpp, mt-bench, or a file of prompts (`prompts.jsonl`), whose name without suffix is the
+    set's."""
+    datasets_dir: str | None = None
+    """Folder with copies of the Hub's dataset repositories as OWNER/NAME, for machines without
+    network; None asks the Hub or its local cache."""
     prompts_per_set: int = 50
     """Prompts taken from each evaluation set, at most; below 50 the report makes no claim."""
     live_traffic: int = 8
@@ -48,6 +63,10 @@ class EvaluateConfig:
     """Bootstrap resamples."""
     seed: int = 0
     """Seed of the bootstrap and of the choice of live prompts."""
+    concurrency: str | None = None
+    """File with tokens per second at several requests at once, which the report shows."""
+    cost_tables: list[str] = field(default_factory=list)
+    """Files with the seconds of a step on other hardware, for which the report predicts."""
 
     def __post_init__(self) -> None:
         for name in ("prompts_per_set", "live_max_new_tokens", "resamples"):
@@ -56,6 +75,18 @@ class EvaluateConfig:
         for name in ("live_traffic", "live_per_set"):
             value = getattr(self, name)
             require(value >= 0, f"evaluate.{name} (={value}) must not be negative.")
+        names = [name for name, _ in self.sets]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        require(
+            not twice,
+            f"evaluate.eval_sets (={self.eval_sets}) names {', '.join(twice)} twice. Rename a file "
+            "or leave one out.",
+        )
+
+    @property
+    def sets(self) -> list[tuple[str, str]]:
+        """Name of each evaluation set, as files and slices carry it, and its entry here."""
+        return [(set_name(entry), entry) for entry in self.eval_sets]
 
 
 class ExecutorKind(Enum):
@@ -120,7 +151,7 @@ class RecipeConfig:
     seed: int = 0
     """Seed of initialisation, anchors and row order."""
     checkpoint: str | None = None
-    """Drafter folder for evaluate and generate; None takes the best one of this run."""
+    """Drafter folder for evaluate, generate and serve; None takes the best one of this run."""
     target: TargetConfig = field(default_factory=TargetConfig)
     drafter: DrafterSettings = field(default_factory=DrafterSettings)
     data: DataConfig = field(default_factory=DataConfig)
@@ -131,6 +162,7 @@ class RecipeConfig:
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     executor: ExecutorConfig = field(default_factory=ExecutorConfig)
+    serve: ServeConfig = field(default_factory=ServeConfig)
 
     def __post_init__(self) -> None:
         soft, top_k = self.loss.soft_names, self.data.teacher_top_k

@@ -15,7 +15,8 @@ from torch import Tensor
 from dflash_train.drafter.attention import Blocks
 from dflash_train.drafter.checkpoint import load_checkpoint
 from dflash_train.drafter.model import Drafter, block_embeddings
-from dflash_train.features.target import FrozenHead, Target
+from dflash_train.features.frozen_head import FrozenHead
+from dflash_train.features.target import Target
 from dflash_train.release.finding import Finding, Patient, demand, ok
 
 NUM_TOKENS = (96, 512)

@@ -124,13 +124,18 @@ def prompt_view(
     record: Conversation, tokenizer: PreTrainedTokenizerBase, *, serving: ServingSampling
 ) -> View:
     """Show what the target will be asked: nothing of an off-policy record is supervised."""
-    remark = "chat template, prompt only: `regenerate` has not written its answer"
+    remark = f"{text_source(record)}, prompt only: `regenerate` has not written its answer"
     try:
         ids = render_request(tokenizer, record, serving=serving)
     except UnstableBoundaryError as error:
         return View(record=record, tokenizer=tokenizer, row=None, remark=f"none: {error}")
     row = RenderedRow(input_ids=ids, loss_mask=[False] * len(ids))
     return View(record=record, tokenizer=tokenizer, row=row, remark=remark)
+
+
+def text_source(record: Conversation) -> str:
+    """Say how the text of a record becomes tokens."""
+    return "text as logged, no template" if record.has_rendered_prompt else "chat template"
 
 
 def describe(view: View) -> Iterator[str]:

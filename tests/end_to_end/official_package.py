@@ -34,7 +34,7 @@ from dflash_train.config import EvaluateConfig, compose
 from dflash_train.drafter.checkpoint import load_checkpoint
 from dflash_train.features.store import FeatureStore
 from dflash_train.features.target import load_target
-from dflash_train.stages import Workshop
+from dflash_train.stages.workshop import Workshop
 
 DEMANDED_ACCEPTED, DEMANDED_LENGTH = 500, 1.5
 CLASSES = {

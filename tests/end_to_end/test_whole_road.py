@@ -11,7 +11,7 @@ import pytest
 
 from dflash_train.cli import main
 from dflash_train.records.manifest import Manifest, file_hash
-from dflash_train.stages import STAGES
+from dflash_train.stages.table import STAGES
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = "tiny"

@@ -1,0 +1,59 @@
+"""What the command line does beside running stages: the fleet, doctor, inspect, the last lines."""
+
+from pathlib import Path
+
+from dflash_train.config import RecipeConfig, require
+from dflash_train.features.target import load_target
+from dflash_train.features.target_text import load_target_text
+from dflash_train.release.doctor import examine
+from dflash_train.release.finding import Finding
+from dflash_train.release.inspection import Choice, View, find_record, prompt_view, text_source
+from dflash_train.stages.workshop import Workshop
+
+
+def play_fleet(out: Path, *, seed: int, num_requests: int) -> dict[str, int]:
+    """Write the simulated fleet's log and give the number of requests by kind."""
+    from dflash_data.sample_traffic.fleet import write_sample_traffic
+
+    return write_sample_traffic(out, seed=seed, num_requests=num_requests)
+
+
+def examine_checkpoint(config: RecipeConfig) -> list[Finding]:
+    """Check a drafter, the recipe's or the best one of its run, against the recipe's target.
+
+    Raises:
+        ValueError: There is no such folder, or the target cannot be loaded.
+    """
+    folder = Workshop(config).checkpoint
+    require(
+        folder.is_dir(),
+        f"checkpoint (={folder}) is not a folder. Give checkpoint=DIR with config.json in it.",
+    )
+    return examine(folder, load_target(config.target, []))
+
+
+def view_conversation(config: RecipeConfig, choice: Choice) -> View:
+    """Give one record of a run and the tokens that training sees of it; loads no weights.
+
+    Raises:
+        ValueError: There is no such record, or the target's tokenizer cannot be read.
+    """
+    from dflash_data.collect.feature_rows import answer_row, has_exact_ids
+    from dflash_data.drops import DropReason
+
+    record = find_record(config.run_dir, choice)
+    target = load_target_text(config.target, [])
+    if record.answer is None or not record.on_policy:
+        return prompt_view(record, target.tokenizer, serving=config.data.serving_sampling)
+    source = "passed through, not tokenised" if has_exact_ids(record) else text_source(record)
+    row = answer_row(record, target, serving=config.data.serving_sampling)
+    if isinstance(row, DropReason):
+        row, source = None, f"{source}: `collect` drops it as {row.value}"
+    return View(record=record, tokenizer=target.tokenizer, row=row, remark=source)
+
+
+def summary(config: RecipeConfig) -> list[str]:
+    """Give the lines that end a run on screen: acceptance length, live check, speed."""
+    from dflash_inference.report import summary_lines
+
+    return summary_lines(config)
