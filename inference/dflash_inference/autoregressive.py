@@ -7,8 +7,10 @@ parts from it, their gap tells a rounding near-tie from a bug.
 import torch
 from torch import Tensor
 
-from dflash_inference.request import check_request, synchronized_seconds
+from dflash_inference.request import synchronized_seconds
+from dflash_inference.sampling import SamplingParams
 from dflash_inference.trace import DecodeTrace, StepTrace, TopTwo
+from dflash_train.config import require
 from dflash_train.features.target import Target
 
 
@@ -28,7 +30,8 @@ class AutoregressiveDecoder:
         Raises:
             ValueError: An empty prompt or a budget below one token.
         """
-        check_request(prompt_ids, max_new_tokens)
+        require(bool(prompt_ids), "prompt_ids (=[]) must hold at least one token.")
+        max_new_tokens = SamplingParams(max_new_tokens=max_new_tokens).max_new_tokens
         cache = self.target.new_cache()
         top_two: list[TopTwo] = []
         steps: list[StepTrace] = []

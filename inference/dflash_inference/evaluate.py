@@ -31,11 +31,12 @@ from dflash_inference.trace import (
 )
 from dflash_train.config import RecipeConfig
 from dflash_train.drafter.model import Drafter
+from dflash_train.features.frozen_head import FrozenHead
 from dflash_train.features.store import FeatureRow, FeatureStore
-from dflash_train.features.target import FrozenHead, Target
+from dflash_train.features.target import Target
 from dflash_train.records.manifest import FileEntry, Manifest
 from dflash_train.records.provenance import machine
-from dflash_train.training.replay import replay
+from dflash_train.training.replay import replay_each
 
 TRACES_FOLDER = "traces"
 
@@ -76,10 +77,17 @@ def evaluate(
 
 def replay_row(drafter: Drafter, head: FrozenHead, row: FeatureRow, *, split: str) -> DecodeTrace:
     """Replay one stored answer, up to its first redaction."""
-    row = row.until_first_gap()
-    chain = replay(drafter, head, row)
-    steps = steps_of(chain.starts, chain.num_accepted, chain.widths, last_position=chain.end)
-    return _stored_trace(row, steps, split=split, block_size=drafter.config.block_size)
+    return next(replay_each_row(drafter, head, [row], split=split))
+
+
+def replay_each_row(
+    drafter: Drafter, head: FrozenHead, rows: Iterable[FeatureRow], *, split: str
+) -> Iterator[DecodeTrace]:
+    """Replay stored answers, up to their first redactions, in order and many side by side."""
+    for replayed in replay_each(drafter, head, rows):
+        row, chain = replayed.row, replayed.trace
+        steps = steps_of(chain.starts, chain.num_accepted, chain.widths, last_position=chain.end)
+        yield _stored_trace(row, steps, split=split, block_size=drafter.config.block_size)
 
 
 def lookup_row(row: FeatureRow, *, split: str, block_size: int) -> DecodeTrace:
@@ -128,12 +136,13 @@ def _trace_split(
 ) -> None:
     """Write replay, prompt lookup and, for traffic, the negative control of one split."""
 
-    def by_replay(row: FeatureRow) -> DecodeTrace:
-        return replay_row(drafter, head, row, split=split)
+    def by_replay(rows: Iterable[FeatureRow]) -> Iterator[DecodeTrace]:
+        return replay_each_row(drafter, head, rows, split=split)
 
-    def by_lookup(row: FeatureRow) -> DecodeTrace:
+    def by_lookup(rows: Iterable[FeatureRow]) -> Iterator[DecodeTrace]:
         # As many drafts as the drafter makes: DSpark's K against K - 1 would be no fair comparison.
-        return lookup_row(row, split=split, block_size=drafter.config.num_drafts + 1)
+        block_size = drafter.config.num_drafts + 1
+        return (lookup_row(row, split=split, block_size=block_size) for row in rows)
 
     rows = (store[position] for position in range(len(store)))
     _trace_rows(folder / f"replay-{split}.jsonl", rows, by_replay, num_rows=len(store))
@@ -147,7 +156,7 @@ def _trace_split(
 def _trace_rows(
     path: Path,
     rows: Iterable[FeatureRow],
-    decode: Callable[[FeatureRow], DecodeTrace],
+    decode: Callable[[Iterable[FeatureRow]], Iterator[DecodeTrace]],
     *,
     num_rows: int,
 ) -> None:
@@ -156,7 +165,7 @@ def _trace_rows(
         return
     with torch.inference_mode():
         bar = tqdm(rows, desc=f"evaluate {path.stem}", total=num_rows, unit="answer")
-        write_traces(path, [decode(row) for row in bar])
+        write_traces(path, list(decode(bar)))
 
 
 def _stored_trace(

@@ -5,20 +5,37 @@ what this module found. Every figure comes from traces and manifests, so a repor
 again without target or drafter.
 """
 
+from collections import Counter
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import orjson
 
 from dflash_inference.eval_sets import eval_set
+from dflash_inference.live import LIVE_FILE, WIDTH_ONE_FILE
 from dflash_inference.live_check import LIVE_CHECK_FILE, LiveCheck, read_checks
+from dflash_inference.request_rows import rows_of, to_columns
+from dflash_inference.serving_costs import (
+    predict_speed,
+    read_concurrency,
+    read_cost_table,
+    summarize_concurrency,
+)
+from dflash_inference.slices import (
+    BlockShape,
+    Findings,
+    as_plain,
+    compare,
+    find_cuts,
+    find_slices,
+    measure,
+    read_temperatures,
+)
 from dflash_inference.statistics import (
-    Interval,
-    RequestSums,
-    acceptance_length,
-    by_group,
+    bootstrap_ratios,
+    draft_use,
     length_histogram,
-    paired_difference,
+    percentile_interval,
     position_acceptance,
 )
 from dflash_inference.trace import TRAFFIC_SPLIT, DecodeTrace, read_traces
@@ -27,9 +44,7 @@ from dflash_train.features.store import INDEX_NAME, read_index
 from dflash_train.records.conversation import read_split
 from dflash_train.records.manifest import Manifest
 
-Findings = dict[str, Any]
-BlockShape = dict[str, int]
-"""K, most drafts of a step, and the ceiling of the acceptance length (drafts + 1), by name."""
+REPORT_FORMAT, REPORT_VERSION = "dflash-train/report", 1
 METRICS_NAME = "metrics.jsonl"
 DATA_FOLDERS = ("conversations", "regenerated", "features")
 
@@ -45,40 +60,48 @@ def find(config: RecipeConfig) -> Findings:
     if manifest is None:
         raise ValueError(f"{folder} holds no complete traces. Run the stage `evaluate` first.")
     manifest.verify_outputs(folder)
+    evaluate = config.evaluate
     traffic = read_traces(folder / f"replay-{TRAFFIC_SPLIT}.jsonl")
     lookup = read_traces(folder / f"lookup-{TRAFFIC_SPLIT}.jsonl")
     foreign = read_traces(folder / f"foreign-{TRAFFIC_SPLIT}.jsonl")
-    checks = read_checks(folder / LIVE_CHECK_FILE)
-    live_check = summarize_checks(checks)
-    speed = measure_speed(read_traces(folder / "plain.jsonl"), read_traces(folder / "live.jsonl"))
+    live = read_traces(folder / LIVE_FILE)
+    live_check = summarize_checks(read_checks(folder / LIVE_CHECK_FILE))
     block = _block_shape(manifest, folder)
+    headline = measure(traffic, evaluate, block)
+    # Plain decoding is the same loop at width 1; the oracle that keeps two logits is another loop.
+    speed = measure_speed(read_traces(folder / WIDTH_ONE_FILE), live, evaluate)
     is_seen = read_seen(config.run_dir)
-    slices = find_slices(traffic, lookup, foreign, config.evaluate, block)
+    slices = find_slices(traffic, lookup, foreign, evaluate, block)
     for each in slices:
         mine = [trace for trace in traffic if trace.group == each["tenant"]]
-        each["unseen"] = measure(only_unseen(mine, is_seen), config.evaluate, block)
+        each["unseen"] = measure(only_unseen(mine, is_seen), evaluate, block)
+    sets = {name: find_eval_set(entry, folder, evaluate, block) for name, entry in evaluate.sets}
+    temperatures = read_temperatures(config.run_dir, TRAFFIC_SPLIT)
     labels = {each["tenant"]: each["label"] for each in slices}
-    labels |= {name: eval_set(name).title for name in config.evaluate.eval_sets}
+    labels |= {name: each["title"] for name, each in sets.items()}
     return {
+        "format": REPORT_FORMAT,
+        "format_version": REPORT_VERSION,
         "run": config.name,
-        "acceptance_length": measure(traffic, config.evaluate, block),
+        "acceptance_length": headline,
         "token_match_rate": live_check["token_match_rate"],
         "tokens_per_second": speed["tokens_per_second"],
         "target": manifest.target,
         "checkpoint": _checkpoint(config, manifest),
         "machine": manifest.details["machine"],
-        "prompt_lookup": compare(traffic, lookup, config.evaluate, block),
-        "foreign_features": compare(traffic, foreign, config.evaluate, block),
-        "views": find_views(traffic, is_seen, config.evaluate, block),
+        "prompt_lookup": compare(traffic, lookup, evaluate, block),
+        "foreign_features": compare(traffic, foreign, evaluate, block),
+        "views": find_views(traffic, is_seen, evaluate, block),
         "slices": slices,
+        "cuts": find_cuts(traffic, lookup, temperatures, evaluate, block),
         "labels": labels,
-        "eval_sets": {
-            name: find_eval_set(name, folder, config.evaluate, block)
-            for name in config.evaluate.eval_sets
-        },
-        "positions": _plain(position_acceptance(traffic, num_drafts=block["num_drafts"])),
+        "eval_sets": sets,
+        "positions": as_plain(position_acceptance(traffic, num_drafts=block["num_drafts"])),
         "steps_by_length": length_histogram(traffic, num_drafts=block["num_drafts"]),
+        "draft_use": draft_use(traffic),
         "speed": speed,
+        "concurrency": find_concurrency(evaluate),
+        "predictions": find_predictions(evaluate, headline),
         "live_check": live_check | {"max_new_tokens": manifest.details["live_max_new_tokens"]},
         "training": read_training(config),
         "data": read_data(config.run_dir),
@@ -87,39 +110,42 @@ def find(config: RecipeConfig) -> Findings:
             "code": manifest.code,
             "versions": manifest.versions,
         },
+        "requests": {
+            TRAFFIC_SPLIT: to_columns(rows_of(traffic)),
+            **{
+                f"eval-{name}": to_columns(
+                    rows_of(read_traces(folder / f"replay-eval-{name}.jsonl"))
+                )
+                for name, _ in evaluate.sets
+            },
+        },
     }
 
 
-def measure(
-    traces: list[DecodeTrace], config: EvaluateConfig, block: BlockShape
-) -> Findings | None:
-    """Give both acceptance lengths with intervals, ceiling and counts; None if there is no step."""
-    sums = RequestSums.of(traces)
-    if sums.num_requests == 0:
+def find_concurrency(config: EvaluateConfig) -> Findings | None:
+    """Sum up the measurement of several requests at once; None if the recipe names none."""
+    if config.concurrency is None:
         return None
-    found = acceptance_length(sums, resamples=config.resamples, seed=config.seed)
-    return _plain(found) | block
+    return summarize_concurrency(read_concurrency(Path(config.concurrency)))
 
 
-def compare(
-    drafter: list[DecodeTrace], other: list[DecodeTrace], config: EvaluateConfig, block: BlockShape
-) -> Findings | None:
-    """Give another way of drafting and the paired difference to it, on the requests both have."""
-    shared = {trace.id for trace in other}
-    drafter = [trace for trace in drafter if trace.id in shared]
-    found = measure(other, config, block)
-    if found is None:
-        return None
-    difference = paired_difference(
-        RequestSums.of(drafter),
-        RequestSums.of(other),
-        resamples=config.resamples,
-        seed=config.seed,
-    )
-    return {
-        "acceptance_length": found,
-        "difference": _plain(difference) | {"verdict": difference.verdict},
-    }
+def find_predictions(config: EvaluateConfig, headline: Findings | None) -> list[Findings]:
+    """Predict the speed-up on the hardware of each cost table of the recipe."""
+    if headline is None:
+        return []
+    tables = [read_cost_table(Path(place)) for place in config.cost_tables]
+    return [
+        {
+            "hardware": table.hardware,
+            "batches": predict_speed(
+                table,
+                pooled=headline["pooled"],
+                interval=headline["interval"],
+                width=headline["ceiling"],
+            ),
+        }
+        for table in tables
+    ]
 
 
 def read_seen(run_dir: Path) -> dict[str, bool]:
@@ -160,30 +186,12 @@ def find_views(
     }
 
 
-def find_slices(
-    traffic: list[DecodeTrace],
-    lookup: list[DecodeTrace],
-    foreign: list[DecodeTrace],
-    config: EvaluateConfig,
-    block: BlockShape,
-) -> list[Findings]:
-    """Give the figures of each tenant, the largest first; its key is shown, never its name."""
-    lookup_groups, foreign_groups = by_group(lookup), by_group(foreign)
-    return [
-        {
-            "label": f"tenant {number}",
-            "tenant": tenant,
-            "acceptance_length": measure(traces, config, block),
-            "prompt_lookup": compare(traces, lookup_groups[tenant], config, block),
-            "foreign_features": compare(traces, foreign_groups.get(tenant, []), config, block),
-        }
-        for number, (tenant, traces) in enumerate(by_group(traffic).items(), start=1)
-    ]
-
-
-def find_eval_set(name: str, folder: Path, config: EvaluateConfig, block: BlockShape) -> Findings:
+def find_eval_set(
+    entry: str, folder: Path, config: EvaluateConfig, block: BlockShape
+) -> Findings:
     """Give the figures of one evaluation set, its licence and its origin."""
-    known = eval_set(name)
+    known = eval_set(entry)
+    name = known.name
     replayed = read_traces(folder / f"replay-eval-{name}.jsonl")
     lookup = read_traces(folder / f"lookup-eval-{name}.jsonl")
     return {
@@ -192,6 +200,8 @@ def find_eval_set(name: str, folder: Path, config: EvaluateConfig, block: BlockS
         "licence": known.licence,
         "acceptance_length": measure(replayed, config, block),
         "prompt_lookup": compare(replayed, lookup, config, block),
+        "positions": as_plain(position_acceptance(replayed, num_drafts=block["num_drafts"])),
+        "steps_by_length": length_histogram(replayed, num_drafts=block["num_drafts"]),
     }
 
 
@@ -199,7 +209,7 @@ def summarize_checks(checks: list[LiveCheck]) -> Findings:
     """Sum up the live checks; rates are None if nothing was decoded live."""
     requests = _plain_list(checks)
     found = [(check.id, check.mismatch) for check in checks if check.mismatch is not None]
-    mismatches = [{"id": name} | _plain(mismatch) for name, mismatch in found]
+    mismatches = [{"id": name} | as_plain(mismatch) for name, mismatch in found]
     return {
         "num_requests": len(checks),
         "num_equal_to_replay": sum(check.equals_replay for check in checks),
@@ -209,33 +219,53 @@ def summarize_checks(checks: list[LiveCheck]) -> Findings:
         "num_identical": sum(check.mismatch is None for check in checks),
         "num_near_ties": sum(mismatch.is_near_tie for _, mismatch in found),
         "mismatches": mismatches,
+        "batch_match_rate": _mean([check.batch_match_rate for check in checks]),
+        "num_batch_identical": sum(check.batch_match_rate == 1 for check in checks),
         "stored_match_rate": _mean([check.stored_match_rate for check in checks]),
         "requests": requests,
     }
 
 
-def measure_speed(plain: list[DecodeTrace], live: list[DecodeTrace]) -> Findings:
+def measure_speed(
+    plain: list[DecodeTrace], live: list[DecodeTrace], config: EvaluateConfig
+) -> Findings:
     """Give tokens per second after prefill and where the time of a step goes, in seconds.
 
-    Both decoders saw the same prompts. The token from prefill is not counted, its time neither.
+    Both went through the same loop in one process on the same prompts: at width 1, and with drafts.
+    The token from prefill is not counted, its time neither. The speed-up is the ratio of the mean
+    seconds per output token, each request counting alike.
     """
     plain_rate, live_rate = _tokens_per_second(plain), _tokens_per_second(live)
     steps = [step for trace in live for step in trace.steps]
-    passes = [step for trace in plain for step in trace.steps]
     step_s = {
         part: _mean([getattr(step, f"{part}_s") for step in steps])
         for part in ("draft", "verify", "bookkeeping")
     }
-    plain_s = _mean([step.verify_s for step in passes])
+    plain_s = _mean(
+        [
+            step.draft_s + step.verify_s + step.bookkeeping_s
+            for trace in plain
+            for step in trace.steps
+        ]
+    )
     is_measured = bool(plain_rate and live_rate)
+    speed_up, interval = _speed_up(plain, live, config)
+    step_cost = sum(value or 0.0 for value in step_s.values()) / plain_s if plain_s else None
     return {
         "tokens_per_second": {"plain": plain_rate, "speculative": live_rate},
-        "speed_up": live_rate / plain_rate if plain_rate and live_rate else None,
+        "speed_up": speed_up,
+        "speed_up_interval": interval,
+        "num_requests": len(live),
         "seconds_per_step": step_s if is_measured else None,
         "seconds_per_plain_token": plain_s,
         # Acceptance length at which speculative decoding breaks even: one step in plain tokens.
-        "step_cost": sum(value or 0.0 for value in step_s.values()) / plain_s if plain_s else None,
+        "step_cost": step_cost,
         "tokens_per_step": _mean([float(step.committed) for step in steps]),
+        "prefill_seconds": {
+            "plain": _mean([trace.prefill_s for trace in plain]),
+            "speculative": _mean([trace.prefill_s for trace in live]),
+        },
+        "steps_by_source": dict(sorted(Counter(step.source for step in steps).items())),
     }
 
 
@@ -302,6 +332,29 @@ def _checkpoint(config: RecipeConfig, manifest: Manifest) -> Findings:
     return {"folder": folder, "inputs": manifest.inputs} | manifest.details["drafter"]
 
 
+def _speed_up(
+    plain: list[DecodeTrace], live: list[DecodeTrace], config: EvaluateConfig
+) -> tuple[float | None, list[float] | None]:
+    """Give the ratio of mean seconds per output token, and its bootstrap interval by request."""
+    others = {trace.id: trace for trace in plain}
+    pairs = [(others[trace.id], trace) for trace in live if trace.id in others]
+    seconds = np.array(
+        [
+            [trace.decode_s / (len(trace.output_ids) - 1) for trace in pair]
+            for pair in pairs
+            if all(trace.steps and trace.decode_s for trace in pair)
+        ]
+    )
+    if not len(seconds):
+        return None, None
+    ratios = bootstrap_ratios(
+        seconds[:, :1], seconds[:, 1:], resamples=config.resamples, seed=config.seed
+    )
+    found = percentile_interval(ratios[:, 0])
+    means = seconds.mean(0)
+    return float(means[0] / means[1]), [found.low, found.high]
+
+
 def _tokens_per_second(traces: list[DecodeTrace]) -> float | None:
     seconds = sum(trace.decode_s for trace in traces)
     tokens = sum(len(trace.output_ids) - 1 for trace in traces)
@@ -312,14 +365,5 @@ def _mean(values: list[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def _plain(result: Any) -> Findings:
-    """Turn a result into JSON values; intervals become `[low, high]`."""
-    fields = orjson.loads(orjson.dumps(result))
-    for name, value in vars(result).items():
-        if isinstance(value, Interval):
-            fields[name] = [value.low, value.high]
-    return fields
-
-
 def _plain_list(results: list[LiveCheck]) -> list[Findings]:
-    return [_plain(result) for result in results]
+    return [as_plain(result) for result in results]

@@ -1,8 +1,10 @@
 """Decode a few held-out prompts live: the proof of what replay claims, and the speed.
 
-Each prompt is decoded plainly and speculatively in turn, in one process after a warm-up, so both
-speeds see the same machine. The live output is then replayed with features of one teacher-forced
-pass and compared step by step.
+Each prompt is decoded in three ways in turn, in one process after a warm-up, so all speeds see the
+same machine: plainly (the oracle, which keeps the two best logits), by the speculative loop at width
+1 (the speed it is measured against), and speculatively. The live output is then replayed with
+features of one teacher-forced pass and compared step by step. The target also decodes all prompts
+in a batch: how far that agrees with plain decoding is the noise floor of every token comparison.
 """
 
 from collections import defaultdict
@@ -14,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from dflash_inference.autoregressive import AutoregressiveDecoder
+from dflash_inference.block_length import FirstDrafts
 from dflash_inference.decoder import SpeculativeDecoder
 from dflash_inference.live_check import LIVE_CHECK_FILE, check_live, write_checks
 from dflash_inference.trace import DecodeTrace, group_of, steps_of, write_traces
@@ -25,6 +28,7 @@ from dflash_train.training.replay import replay
 
 LIVE_FILE = "live.jsonl"
 PLAIN_FILE = "plain.jsonl"
+WIDTH_ONE_FILE = "width1.jsonl"
 WARM_UP_TOKENS = 8
 
 
@@ -72,32 +76,44 @@ def decode_live(
     stores: dict[str, FeatureStore],
     folder: Path,
 ) -> None:
-    """Decode the live prompts both ways, check them, and write the three files of the live part."""
-    plain_decoder = AutoregressiveDecoder(target)
-    speculative_decoder = SpeculativeDecoder(target, drafter)
+    """Decode the live prompts in all ways, check them, and write the files of the live part."""
+    plainly = AutoregressiveDecoder(target)
+    at_width_one = SpeculativeDecoder(target, drafter, policy=FirstDrafts(0))
+    speculatively = SpeculativeDecoder(target, drafter)
+    decoders = (plainly, at_width_one, speculatively)
     prompts = choose_prompts(config, stores)
     for prompt in prompts[:1]:
-        plain_decoder.generate(prompt.token_ids, max_new_tokens=WARM_UP_TOKENS)
-        speculative_decoder.generate(prompt.token_ids, max_new_tokens=WARM_UP_TOKENS)
-    plain, live, checks = [], [], []
+        for decoder in decoders:
+            decoder.generate(prompt.token_ids, max_new_tokens=WARM_UP_TOKENS)
+    plain, width_one, live, checks = [], [], [], []
     budget = config.live_max_new_tokens
-    for prompt in tqdm(prompts, desc="evaluate live", unit="prompt"):
-        plain.append(prompt.label(plain_decoder.generate(prompt.token_ids, max_new_tokens=budget)))
-        live.append(
-            prompt.label(speculative_decoder.generate(prompt.token_ids, max_new_tokens=budget))
-        )
+    batched = _decode_batch(target, prompts, budget=budget)
+    for prompt, batch_ids in zip(tqdm(prompts, desc="evaluate live", unit="prompt"), batched, strict=True):
+        for decoder, traces in zip(decoders, (plain, width_one, live), strict=True):
+            trace = decoder.generate(prompt.token_ids, max_new_tokens=budget)
+            traces.append(prompt.label(trace))
         checks.append(
             check_live(
                 live[-1],
                 plain=plain[-1],
                 replayed=replay_live(target, drafter, prompt.token_ids, live[-1], budget=budget),
+                batch_ids=batch_ids,
                 stored_ids=prompt.stored_ids,
                 dtype=target.model.dtype,
             )
         )
     write_traces(folder / PLAIN_FILE, plain)
+    write_traces(folder / WIDTH_ONE_FILE, [replace(each, block_size=1) for each in width_one])
     write_traces(folder / LIVE_FILE, live)
-    write_checks(folder / LIVE_CHECK_FILE, checks)  # last: its presence says all three are there
+    write_checks(folder / LIVE_CHECK_FILE, checks)  # last: its presence says all are there
+
+
+def _decode_batch(target: Target, prompts: list[LivePrompt], *, budget: int) -> list[list[int]]:
+    """Let the target alone write all answers side by side."""
+    if not prompts:
+        return []
+    rows = target.generate_batch([each.token_ids for each in prompts], max_new_tokens=budget)
+    return [row.output_ids for row in rows]
 
 
 @torch.inference_mode()

@@ -54,8 +54,10 @@ class LiveCheck:
     equals_replay: bool
     token_match_rate: float
     mismatch: Mismatch | None
+    batch_match_rate: float
+    """Plain decoding against the target alone in a batch: the noise floor of rounding."""
     stored_match_rate: float
-    """Plain decoding against the stored answer, written in a batch: the noise floor."""
+    """Plain decoding against the stored answer, whoever wrote it and however it was sampled."""
 
 
 def find_mismatch(
@@ -84,6 +86,7 @@ def check_live(
     *,
     plain: DecodeTrace,
     replayed: DecodeTrace,
+    batch_ids: list[int],
     stored_ids: list[int],
     dtype: torch.dtype,
 ) -> LiveCheck:
@@ -93,6 +96,7 @@ def check_live(
         live: Speculative decoding.
         plain: Plain decoding of the same prompt and budget.
         replayed: Replay of the live output, its features from one teacher-forced pass.
+        batch_ids: The target's output of the same prompt and budget, decoded in a batch.
         stored_ids: The answer in the feature store; compared as far as both budgets reach.
         dtype: Number format of the target, which says what rounding level is.
     """
@@ -107,6 +111,7 @@ def check_live(
         equals_replay=difference is None,
         token_match_rate=token_match_rate(plain.output_ids, live.output_ids),
         mismatch=find_mismatch(plain, live, dtype=dtype),
+        batch_match_rate=token_match_rate(plain.output_ids, batch_ids),
         stored_match_rate=token_match_rate(plain.output_ids[:shared], stored_ids[:shared]),
     )
 

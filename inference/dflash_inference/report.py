@@ -1,12 +1,14 @@
 """The report stage: what was measured, for people and for programs.
 
-Writes `report.json` (every figure), `report.md` and `report.html`, a single page without any
-outside reference. Run by `dflash-train report recipe=NAME`.
+Writes `report.json` (every figure, checked against `report.schema.json` of this package),
+`report.md` and `report.html`, a single page without any outside reference. Run by
+`dflash-train report recipe=NAME`.
 """
 
 import importlib.resources
 from typing import Any
 
+import jsonschema
 import orjson
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
@@ -37,8 +39,10 @@ def report(config: RecipeConfig, *, manifest: Manifest) -> Manifest:
             "report: no held-out answer has a verify step, each ended with its first token. "
             "Raise data.max_new_tokens or give more traffic."
         )
+    written = orjson.dumps(findings, option=orjson.OPT_INDENT_2) + b"\n"
+    check_schema(orjson.loads(written))
     contents = {
-        "report.json": orjson.dumps(findings, option=orjson.OPT_INDENT_2) + b"\n",
+        "report.json": written,
         "report.md": render("report.md.j2", findings).encode(),
         "report.html": render("report.html.j2", findings, draw(findings)).encode(),
     }
@@ -47,6 +51,27 @@ def report(config: RecipeConfig, *, manifest: Manifest) -> Manifest:
     manifest.outputs = [FileEntry.of(folder / name, folder) for name in sorted(contents)]
     manifest.write(folder)
     return manifest
+
+
+def read_schema() -> dict[str, Any]:
+    """Read the JSON schema of `report.json`."""
+    source = importlib.resources.files("dflash_inference") / "report.schema.json"
+    return orjson.loads(source.read_bytes())
+
+
+def check_schema(findings: Findings) -> None:
+    """Check the figures against the schema before anybody reads them.
+
+    Raises:
+        RuntimeError: They do not fit; the message names the place and not the value.
+    """
+    validator = jsonschema.Draft202012Validator(read_schema())
+    error = next(validator.iter_errors(findings), None)
+    if error is not None:
+        raise RuntimeError(
+            f"report.json breaks its schema at {error.json_path} (rule {error.validator!r}). This "
+            "is an error in the stage, please report it."
+        )
 
 
 def render(template: str, findings: Findings, pictures: dict[str, str] | None = None) -> str:
@@ -75,16 +100,22 @@ def write_sentences(findings: Findings) -> dict[str, str]:
         "foreign_features": _foreign_sentence(findings["foreign_features"]),
         "live_check": _live_sentence(findings["live_check"]),
         "speed": _speed_sentence(findings["speed"]),
+        "concurrency": _concurrency_sentence(findings["concurrency"]),
+        "draft_use": _draft_use_sentence(findings["draft_use"]),
     } | {
         f"eval_{name}": _lookup_sentence(each["prompt_lookup"])
         for name, each in findings["eval_sets"].items()
     }
 
 
+def read_findings(config: RecipeConfig) -> Findings:
+    """Read the figures of a finished report."""
+    return orjson.loads((config.run_dir / REPORT_FOLDER / "report.json").read_bytes())
+
+
 def summary_lines(config: RecipeConfig) -> list[str]:
     """Give the last lines on screen of a run, from its finished report."""
-    path = config.run_dir / REPORT_FOLDER / "report.json"
-    findings: Findings = orjson.loads(path.read_bytes())
+    findings = read_findings(config)
     sentences = write_sentences(findings)
     headline = findings["acceptance_length"]
     views = findings["views"]
@@ -187,10 +218,40 @@ def _speed_sentence(speed: Findings) -> str:
     rates = speed["tokens_per_second"]
     if speed["speed_up"] is None:
         return "Not measured: nothing was decoded live."
+    low, high = speed["speed_up_interval"]
+    few = "" if speed["num_requests"] >= FEWEST_FOR_A_CLAIM else ", too few for a claim"
     return (
-        f"{rates['speculative']:.1f} tokens/s speculative, {rates['plain']:.1f} plain: a factor of "
-        f"{speed['speed_up']:.2f}. A step costs {speed['step_cost']:.2f} plain tokens, so it pays "
-        f"above an acceptance length of {speed['step_cost']:.2f}."
+        f"{rates['speculative']:.1f} tokens/s speculative, {rates['plain']:.1f} in the same loop at "
+        f"width 1: a factor of {speed['speed_up']:.2f} per output token (95 % interval {low:.2f} "
+        f"to {high:.2f}, {speed['num_requests']} prompts{few}). A step costs "
+        f"{speed['step_cost']:.2f} plain tokens, so it pays above an acceptance length of "
+        f"{speed['step_cost']:.2f}."
+    )
+
+
+def _concurrency_sentence(found: Findings | None) -> str:
+    if found is None:
+        return "Not measured at several requests at once."
+    if found["loses_from"] is None:
+        return (
+            f"Speculation pays at every concurrency measured, up to {found['pays_up_to']} "
+            f"({found['setting']})."
+        )
+    if found["pays_up_to"] is None:
+        return f"Speculation does not pay at any concurrency measured ({found['setting']})."
+    even = found["break_even_concurrency"]
+    return (
+        f"Speculation pays up to a concurrency of {found['pays_up_to']} and loses from "
+        f"{found['loses_from']}; break-even near {even:.1f} ({found['setting']})."
+    )
+
+
+def _draft_use_sentence(use: Findings) -> str:
+    if use["efficiency"] is None:
+        return "Nothing was drafted."
+    return (
+        f"{use['efficiency']:.1%} of {use['drafted']:,} drafts were kept; "
+        f"{use['wasted_verify_rows']:.1%} of the rows that verify read were of no use."
     )
 
 

@@ -232,6 +232,25 @@ def length_histogram(traces: list[DecodeTrace], *, num_drafts: int) -> list[int]
     return counts
 
 
+def draft_use(traces: list[DecodeTrace]) -> dict[str, float | int | None]:
+    """Give how much of the work was of use, by weight: of drafts, and of the rows verify read.
+
+    `efficiency` is `sum n / sum drafted`; `wasted_verify_rows` is `1 - sum (n + 1) / sum width`.
+    """
+    drafted = accepted = rows = steps = 0
+    for trace in traces:
+        drafted += trace.weight * sum(step.width - 1 for step in trace.steps)
+        accepted += trace.weight * sum(step.num_accepted for step in trace.steps)
+        rows += trace.weight * sum(step.width for step in trace.steps)
+        steps += trace.weight * len(trace.steps)
+    return {
+        "drafted": drafted,
+        "accepted": accepted,
+        "efficiency": accepted / drafted if drafted else None,
+        "wasted_verify_rows": 1 - (accepted + steps) / rows if rows else None,
+    }
+
+
 def by_group(traces: list[DecodeTrace]) -> dict[str, list[DecodeTrace]]:
     """Split traces by group, the largest group first, ties by name."""
     groups: dict[str, list[DecodeTrace]] = {}

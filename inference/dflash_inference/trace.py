@@ -25,8 +25,8 @@ class StepTrace:
     width: int
     """Tokens that verify reads: the anchor and width - 1 drafts; 1 where nothing was drafted.
 
-    It is the ceiling of this step's acceptance length. Slots of the drafter's block are another
-    number: a plain block has as many, DSpark's shifted block one fewer.
+    It is the ceiling of this step's acceptance length, but for a tree (`num_levels`). Slots of the
+    drafter's block are another number: a plain block has as many, DSpark's shifted block one fewer.
     """
     num_accepted: int
     """Drafted tokens that verify kept, before the stop token or the budget clipped them."""
@@ -35,6 +35,15 @@ class StepTrace:
     draft_s: float = 0.0
     verify_s: float = 0.0
     bookkeeping_s: float = 0.0
+    source: str = "drafter"
+    """Who proposed: `drafter`, `lookup` (copied from the text before), or `none`."""
+    tree_depth: int = 0
+    """Deepest node of a tree of width - 1 drafts; 0 says that the drafts are a chain."""
+
+    @property
+    def num_levels(self) -> int:
+        """Drafted tokens that verify could have kept: the ceiling of `num_accepted`."""
+        return self.tree_depth or self.width - 1
 
     @property
     def acceptance_length(self) -> int:
@@ -75,7 +84,7 @@ class DecodeTrace:
     steps: list[StepTrace]
     prefill_s: float = 0.0
     finish_reason: str
-    """`stop` or `length`."""
+    """`stop`, `length` or `cancelled`."""
     top_two: list[TopTwo] = field(default_factory=list)
     """One entry per output token in plain decoding, else empty."""
 
@@ -86,7 +95,7 @@ class DecodeTrace:
 
     @property
     def decode_s(self) -> float:
-        """Seconds spent after prefill."""
+        """Seconds spent after prefill; a step shared by several requests counts in equal parts."""
         return sum(step.draft_s + step.verify_s + step.bookkeeping_s for step in self.steps)
 
     @classmethod

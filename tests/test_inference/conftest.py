@@ -135,12 +135,14 @@ def invent_live(folder: Path, generator: np.random.Generator) -> None:
             equals_replay=True,
             token_match_rate=17 / 48 if trace is live[3] else 1.0,
             mismatch=mismatch if trace is live[3] else None,
+            batch_match_rate=0.5 if trace is live[5] else 1.0,
             stored_match_rate=1.0,
         )
         for trace in live
     ]
     write_traces(folder / "live.jsonl", live)
-    write_traces(folder / "plain.jsonl", [as_plain(trace, seconds=0.031) for trace in live])
+    write_traces(folder / "plain.jsonl", [as_plain(trace, seconds=0.029) for trace in live])
+    write_traces(folder / "width1.jsonl", [as_plain(trace, seconds=0.031) for trace in live])
     write_checks(folder / LIVE_CHECK_FILE, checks)
 
 

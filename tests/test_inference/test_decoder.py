@@ -9,8 +9,10 @@ from dflash_inference.autoregressive import AutoregressiveDecoder
 from dflash_inference.decoder import SpeculativeDecoder
 from dflash_inference.request import RequestState
 from dflash_inference.trace import DecodeTrace
-from dflash_train.drafter.model import ContextCache, Drafter
-from dflash_train.features.target import FrozenHead, Target
+from dflash_train.drafter.attention import Blocks, ContextKV
+from dflash_train.drafter.model import Drafter
+from dflash_train.features.frozen_head import FrozenHead
+from dflash_train.features.target import Target
 from dflash_train.testing import assert_close, tiny_drafter, tiny_target
 
 PROMPT = [1, 40, 41, 42, 90, 91, 40, 41]
@@ -24,14 +26,16 @@ class KnowingDrafter(Drafter):
         self.text, self.is_right = text, is_right
         return self
 
-    def draft_step(
-        self, block_embeddings: Tensor, new_features: Tensor, cache: ContextCache
+    def denoise(
+        self, block_embeddings: Tensor, contexts: list[ContextKV], blocks: Blocks
     ) -> Tensor:
-        hidden = super().draft_step(block_embeddings, new_features, cache).clone()
-        for slot in range(hidden.shape[0]):
-            position = cache.length + slot
-            known = self.text[position] if position < len(self.text) else 0
-            hidden[slot, 0] = known if self.is_right(position) else (known + 1) % 256
+        hidden = super().denoise(block_embeddings, contexts, blocks).clone()
+        for block, anchor in enumerate(blocks.anchor_positions.tolist()):
+            for slot in range(hidden.shape[1]):
+                position = anchor + slot
+                known = self.text[position] if position < len(self.text) else 0
+                right = known if self.is_right(position) else (known + 1) % 256
+                hidden[block, slot, 0] = right
         return hidden
 
     def logits(self, hidden: Tensor, head: FrozenHead) -> Tensor:
@@ -155,11 +159,12 @@ def test_caches_hold_committed_tokens_and_nothing_else(
         committed = torch.tensor([state.token_ids[: state.start]])
         fresh = target.forward(committed, cache=fresh_cache)
         for held, wanted in zip(state.target_cache.layers, fresh_cache.layers, strict=True):
-            assert isinstance(held, DynamicLayer)
             assert isinstance(wanted, DynamicLayer)
-            assert held.keys is not None
             assert wanted.keys is not None
-            assert_close("target keys", held.keys, wanted.keys, 1e-10)
+            assert wanted.values is not None
+            assert_close("target keys", held[0], wanted.keys, 1e-10)
+            assert_close("target values", held[1], wanted.values, 1e-10)
+        assert state.pending_features is not None
         num_pending = state.pending_features.shape[0]
         assert_close(
             "pending features", state.pending_features, fresh.features[0, -num_pending:], 1e-10

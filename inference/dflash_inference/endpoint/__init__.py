@@ -1,0 +1,1 @@
+"""The OpenAI-compatible endpoint of `serve`: requests, replies, routes, log and counts."""
