@@ -10,7 +10,7 @@ TEST_ENV := HF_HUB_OFFLINE=1
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test quick check soak mutants official-check drafter \
-  bench-train bench-growth bench-ingest bench-privacy bench-store bench-collect clean
+  bench-train bench-growth bench-ingest bench-privacy bench-store bench-collect bench-decode clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -59,6 +59,11 @@ bench-store: $(VENV)/.stamp-dev  ## after demo: the three number formats of feat
 
 bench-collect: $(VENV)/.stamp-dev  ## after demo: collect beside the bare target; RUN=DIR
 	$(BIN)/python -m benchmarks.bench_collect $(if $(RUN),--run "$(RUN)") $(SETTINGS)
+
+bench-decode: $(VENV)/.stamp-dev  ## after drafter: our decoder beside two others: GSM8K=DIR
+	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/official dflash==0.1.0
+	PYTHONPATH=$(VENV)/official $(BIN)/python -m benchmarks.bench_decode \
+	  --prompts "$(GSM8K)/gsm8k_smollm2/test-64.jsonl" $(SETTINGS)
 
 clean:  ## remove .venv and what tools leave behind; keeps runs/
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

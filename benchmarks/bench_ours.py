@@ -10,7 +10,7 @@ from dflash_train.config import LossConfig, TrainingConfig
 from dflash_train.drafter.attention import Blocks
 from dflash_train.drafter.config import DrafterConfig, spread_target_layer_ids
 from dflash_train.drafter.model import Drafter, block_embeddings
-from dflash_train.features.target import FrozenHead
+from dflash_train.features.frozen_head import FrozenHead
 from dflash_train.training.batching import TrainingBatch
 from dflash_train.training.blocks import block_labels, label_mask
 from dflash_train.training.losses import LossSettings, block_loss, fixed_weights

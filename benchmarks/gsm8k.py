@@ -4,11 +4,11 @@
 
 Steps: `prepare` (records, missing answers, features), `train`, `measure` (one JSON line), `run`
 (the three), `drafter` (train, and keep the best checkpoint in the cache: `make drafter`), `compare
-RUN RUN ...` (paired difference of the first to each other). `ablate` trains and measures
-on questions of their own, where settings are chosen; `compare --ablation RUN RUN ...` then compares
-there. Each resumes what was cut short and skips what is finished. DIR holds
-gsm8k/{train,test}.jsonl and, if you have them, the stored answers in gsm8k_smollm2/. The rules
-stand in docs/protocols/gsm8k-1280.md.
+RUN RUN ...` (paired difference of the first to each other), `cost RUN ...` (seconds of a draft
+call, the drafters in turns). `ablate` trains and measures on questions of their own, where settings
+are chosen; `compare --ablation RUN RUN ...` then compares there. Each resumes what was cut short
+and skips what is finished. DIR holds gsm8k/{train,test}.jsonl and, if you have them, the stored
+answers in gsm8k_smollm2/. The rules stand in docs/protocols/gsm8k-1280.md.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from gsm8k_measure import (
     FOLDER,
     TRAINING_TIME_NAME,
     compare_all,
+    draft_costs,
     measure,
     measure_ablation,
 )
@@ -42,10 +43,12 @@ from dflash_train.records.manifest import (
     write_bytes,
 )
 from dflash_train.records.provenance import code_version, command_line, package_versions
-from dflash_train.stages import KEY_NAME, Workshop, run_stage, stage_folder
+from dflash_train.stages.table import stage_named
+from dflash_train.stages.walk import KEY_NAME, run_stage
+from dflash_train.stages.workshop import Workshop
 from dflash_train.training.accelerator import threads_per_process
 
-STEPS = ("prepare", "train", "measure", "run", "drafter", "ablate", "compare")
+STEPS = ("prepare", "train", "measure", "run", "drafter", "ablate", "compare", "cost")
 NOT_OF_THE_DRAFTER = ("name", "runs_dir", "checkpoint", "evaluate", "tracking")
 """Recipe groups that do not change the trained weights."""
 
@@ -64,7 +67,7 @@ def train(workshop: Workshop, data_dir: Path) -> None:
     """
     run_dir = workshop.config.run_dir
     link_data(run_dir, data_dir)
-    marker = run_dir / stage_folder("train") / KEY_NAME
+    marker = run_dir / stage_named("train").folder / KEY_NAME
     begun_before = marker.read_text() if marker.exists() else None
     began = time.perf_counter()
     if run_stage(workshop, "train"):
@@ -109,6 +112,10 @@ def _run(parsed: argparse.Namespace) -> int:
         measured = ABLATION_FOLDER if parsed.ablation else FOLDER
         for figures in compare_all(folders, config.evaluate, measured=measured):
             _print_line(figures)
+        return 0
+    if parsed.step == "cost":
+        require(bool(folders), "cost: give the run folders of trained drafters.")
+        _print_line({"draft_s": draft_costs(folders, Workshop(config).target)})
         return 0
     require(not folders, f"{parsed.step}: {folders and folders[0]} is not of the form key=value.")
     if parsed.step == "drafter":
@@ -167,7 +174,7 @@ def _compose(parsed: argparse.Namespace) -> tuple[RecipeConfig, list[Path]]:
 
 def _keep(workshop: Workshop, folder: Path, recipe_hash: str, *, inputs: dict[str, str]) -> None:
     """Copy the best checkpoint into the cache, its manifest last."""
-    trained = Manifest.read(workshop.config.run_dir / stage_folder("train"))
+    trained = Manifest.read(workshop.config.run_dir / stage_named("train").folder)
     assert trained is not None
     with atomic_path(folder) as partial:
         shutil.copytree(workshop.checkpoint, partial)
@@ -186,7 +193,7 @@ def _keep(workshop: Workshop, folder: Path, recipe_hash: str, *, inputs: dict[st
 
 def _data_inputs(sizes: Sizes) -> dict[str, str]:
     """Give the hashes of the files from which the prepared data came."""
-    answers = dflash_home() / "protocols" / sizes.name / "answers" / stage_folder("ingest")
+    answers = dflash_home() / "protocols" / sizes.name / "answers" / stage_named("ingest").folder
     manifest = Manifest.read(answers)
     assert manifest is not None, "prepare has written it"
     return manifest.inputs

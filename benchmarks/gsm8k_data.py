@@ -29,7 +29,9 @@ from dflash_train.features.target_folder import dflash_home
 from dflash_train.records.conversation import Conversation, read_split
 from dflash_train.records.manifest import Manifest, content_hash, file_hash
 from dflash_train.records.provenance import code_version, command_line, package_versions
-from dflash_train.stages import Workshop, run_stage, stage_folder
+from dflash_train.stages.table import stage_named
+from dflash_train.stages.walk import run_stage
+from dflash_train.stages.workshop import Workshop
 
 QUESTION_FILES = ("gsm8k/train.jsonl", "gsm8k/test.jsonl")
 TRAIN_ANSWERS = "gsm8k_smollm2/train-1280.jsonl"
@@ -137,7 +139,7 @@ def prepare(config: RecipeConfig, gsm8k: Path | None, sizes: Sizes) -> Path:
     features = _features_run(config, sizes)
     if gsm8k is None:
         require(
-            Manifest.read(features.run_dir / stage_folder("collect")) is not None,
+            Manifest.read(features.run_dir / stage_named("collect").folder) is not None,
             f"--gsm8k must be set: {features.run_dir} holds no features for this target and these "
             "taps yet. Give the folder with gsm8k/train.jsonl and gsm8k/test.jsonl.",
         )
@@ -155,7 +157,7 @@ def link_data(run_dir: Path, data_dir: Path) -> None:
         ValueError: The run folder has data of its own.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    for name in (stage_folder(stage) for stage in SHARED_STAGES):
+    for name in (stage_named(stage).folder for stage in SHARED_STAGES):
         link = run_dir / name
         require(
             link.is_symlink() or not link.exists(),
@@ -239,7 +241,7 @@ def _answer(config: RecipeConfig, gsm8k: Path, sizes: Sizes) -> None:
 def _collect(config: RecipeConfig, answers: RecipeConfig) -> None:
     """Copy the records, all answered by now, and let `collect` read the target's features."""
     workshop = Workshop(config)
-    folders = [answers.run_dir / stage_folder(stage) for stage in ("ingest", "regenerate")]
+    folders = [answers.run_dir / stage_named(stage).folder for stage in ("ingest", "regenerate")]
     manifests = [Manifest.read(folder) for folder in folders]
     inputs = {each.stage: each.hash for each in manifests if each is not None}
     _write(config, _manifest(config, inputs, []), lambda: _answered(*folders))
@@ -271,7 +273,7 @@ def _write(
     config: RecipeConfig, manifest: Manifest, build: Callable[[], list[Conversation]]
 ) -> None:
     """Write the records of a run folder, unless they are there with the same key."""
-    folder = config.run_dir / stage_folder("ingest")
+    folder = config.run_dir / stage_named("ingest").folder
     done = Manifest.read(folder)
     if done is None or done.key != manifest.key or not done.has_outputs(folder):
         write_conversations(folder, build(), manifest)

@@ -21,7 +21,7 @@ import torch
 from gsm8k_data import Sizes, row_id
 from tqdm import tqdm
 
-from dflash_inference.evaluate import describe_drafter, lookup_row, replay_row
+from dflash_inference.evaluate import describe_drafter, lookup_row, replay_each_row
 from dflash_inference.live import decode_live
 from dflash_inference.live_check import LIVE_CHECK_FILE, LiveCheck, read_checks
 from dflash_inference.statistics import (
@@ -36,11 +36,14 @@ from dflash_inference.trace import DecodeTrace, read_traces, write_traces
 from dflash_train.config import EvaluateConfig, require
 from dflash_train.drafter.checkpoint import WEIGHTS_NAME, load_checkpoint
 from dflash_train.drafter.model import Drafter, block_embeddings
+from dflash_train.features.frozen_head import FrozenHead
 from dflash_train.features.store import FeatureRow, FeatureStore
-from dflash_train.features.target import FrozenHead
+from dflash_train.features.target import Target
 from dflash_train.records.manifest import Manifest, content_hash, file_hash, write_bytes
 from dflash_train.records.provenance import code_version, machine
-from dflash_train.stages import KEY_NAME, Workshop, stage_folder
+from dflash_train.stages.table import stage_named
+from dflash_train.stages.walk import KEY_NAME
+from dflash_train.stages.workshop import Workshop
 
 FOLDER = "measure"
 ABLATION_FOLDER = "measure-ablation"
@@ -48,6 +51,7 @@ RESULT_NAME = "result.json"
 REPLAY_FILE = "replay-test.jsonl"
 TRAINING_TIME_NAME = "training-time.json"
 LOOKUP_SIZES = (8, 16)
+COST_ROUNDS = 3
 DRAFT_CALLS = 50
 DRAFT_CONTEXT = 200
 DRAFT_PENDING = 2
@@ -70,7 +74,7 @@ def measure(workshop: Workshop, sizes: Sizes) -> Figures:
         ValueError: The run has no drafter or no features yet.
     """
     folder = workshop.config.run_dir / FOLDER
-    features = workshop.config.run_dir / stage_folder("collect")
+    features = workshop.config.run_dir / stage_named("collect").folder
     _claim(folder, _key(workshop, sizes, features))
     result = folder / RESULT_NAME
     if result.exists():
@@ -123,7 +127,7 @@ def measure_ablation(workshop: Workshop, sizes: Sizes, data_dir: Path) -> Figure
     """
     config = workshop.config.evaluate
     folder = workshop.config.run_dir / ABLATION_FOLDER
-    features = data_dir / stage_folder("collect")
+    features = data_dir / stage_named("collect").folder
     _claim(folder, _key(workshop, sizes, features))
     rows = test_rows(FeatureStore.open(features / "test"), sizes)
     drafter = load_checkpoint(workshop.checkpoint).to(workshop.target.device)
@@ -169,6 +173,29 @@ def protocol_rows(store: FeatureStore, file: str, lines: range) -> list[FeatureR
     return [store[places[name]] for name in wanted]
 
 
+def draft_costs(folders: list[Path], target: Target) -> Figures:
+    """Time whole draft calls of several trained drafters, one after the other in rounds.
+
+    Args:
+        folders: Run folders; the first one's features give the context.
+        target: On the device to be timed.
+
+    Returns:
+        Median seconds of a call by run folder.
+    """
+    store = FeatureStore.open(folders[0] / "features" / "test")
+    row = _long_row([store[place] for place in range(len(store))])
+    drafters = {
+        str(folder): load_checkpoint(folder / "checkpoint" / "best").to(target.device)
+        for folder in folders
+    }
+    rounds = [
+        {name: draft_seconds(each, target.head, row)["median_s"] for name, each in drafters.items()}
+        for _ in range(COST_ROUNDS)
+    ]
+    return {name: statistics.median(each[name] for each in rounds) for name in drafters}
+
+
 def draft_seconds(drafter: Drafter, head: FrozenHead, row: FeatureRow) -> Figures:
     """Time whole draft calls of one request: context rows in, drafted ids out.
 
@@ -206,7 +233,7 @@ def draft_seconds(drafter: Drafter, head: FrozenHead, row: FeatureRow) -> Figure
 
 def _measure(workshop: Workshop, sizes: Sizes, folder: Path) -> Figures:
     config = workshop.config.evaluate
-    features = workshop.config.run_dir / stage_folder("collect")
+    features = workshop.config.run_dir / stage_named("collect").folder
     stores = {split: FeatureStore.open(features / split) for split in ("train", "test")}
     test = test_rows(stores["test"], sizes)
     train = protocol_rows(stores["train"], "train", range(sizes.train_replayed))
@@ -259,7 +286,7 @@ def _replay(
     if not path.exists():
         bar = tqdm(rows, desc=f"replay {split}", unit="answer", file=sys.stderr)
         with torch.inference_mode():
-            traces = [replay_row(drafter, head, row, split=split) for row in bar]
+            traces = list(replay_each_row(drafter, head, bar, split=split))
         write_traces(path, traces)
     return read_traces(path)
 
@@ -302,7 +329,7 @@ def _live(checks: list[LiveCheck]) -> Figures:
 def _training(workshop: Workshop) -> Figures:
     """Give what the training's manifest and clock say; nothing for a checkpoint from elsewhere."""
     run_dir = workshop.config.run_dir
-    manifest = Manifest.read(run_dir / stage_folder("train"))
+    manifest = Manifest.read(run_dir / stage_named("train").folder)
     if workshop.config.checkpoint is not None or manifest is None:
         return {"checkpoint": str(workshop.checkpoint)}
     clock = run_dir / TRAINING_TIME_NAME

@@ -18,7 +18,7 @@ from rich.console import Console
 from dflash_train.config import RecipeConfig, UnavailableError, compose, require, to_plain
 from dflash_train.release.finding import Status
 from dflash_train.release.inspection import print_view, read_choice
-from dflash_train.stages import judgement, tools
+from dflash_train.stages import judgement, serving, tools
 from dflash_train.stages.estimates import ESTIMATES
 from dflash_train.stages.publication import export_dataset
 from dflash_train.stages.table import stage_named
@@ -101,6 +101,8 @@ def _run_verb(parsed: argparse.Namespace) -> int:
         return _inspect(parsed)
     if parsed.verb == "export-dataset":
         return _export_dataset(parsed)
+    if parsed.verb == "generate":
+        return _generate(parsed)
     gate, overrides = judgement.Gate(), parsed.overrides
     if parsed.verb in judgement.GATE_VERBS:
         gate, overrides = judgement.read_gate(overrides)

@@ -30,8 +30,8 @@ class ServeConfig:
     max_new_tokens: int = 512
     """Budget of a request that names none, in tokens."""
     fast: bool = True
-    """Pack weights and compile layers: much faster on a CPU after some seconds at the start, needs a
-    C++ compiler, and rounds sums in another order, so a near-tie may turn."""
+    """On a CPU, pack weights and compile layers: much faster after some seconds at the start, needs
+    a C++ compiler, and rounds sums in another order, so a near-tie may turn."""
 
     def __post_init__(self) -> None:
         require(

@@ -7,6 +7,9 @@ refused, loudly, where that would not be what the target saw or wrote: the promp
 unchanged (a template that rewrites it, a merge of tokens across the boundary), or the template
 alters the answer (trims it, leaves its reasoning out).
 
+A prompt that was logged as the engine was fed it (`has_rendered_prompt`) meets no template: its ids
+rule if they are this tokenizer's, else its text is tokenised as it stands.
+
 What the template prints behind the answer is supervised up to the stop token, and only where the
 log shows that the target stopped by itself.
 """
@@ -88,8 +91,10 @@ def render_request(
     """Give the ids that a server feeds for a record: its tools, thinking mode and date included.
 
     Raises:
-        UnstableBoundaryError: The template refuses the messages.
+        UnstableBoundaryError: The template refuses the messages, or a rendered prompt is empty.
     """
+    if record.has_rendered_prompt:
+        return _rendered_ids(tokenizer, record)
     settings = template_settings(record, serving=serving)
     return render_prompt(tokenizer, record.prompt, tools=record.tools, settings=settings)
 
@@ -159,11 +164,13 @@ def _render_text(
 ) -> RenderedRow:
     tokenizer = template.tokenizer
     stops = {str(tokenizer.decode([token_id])) for token_id in stop_token_ids} - {""}
-    text = _find_answer(template, record, stops)
-    prompt_ids = tokenizer(text.whole[: text.prompt_end], add_special_tokens=False).input_ids
+    is_rendered = record.has_rendered_prompt
+    text = (_put_behind if is_rendered else _find_answer)(template, record, stops)
+    adds_special = is_rendered and _adds_special(tokenizer, text.whole)
+    prompt_ids = tokenizer(text.whole[: text.prompt_end], add_special_tokens=adds_special).input_ids
     has_offsets = bool(tokenizer.is_fast)
     encoded = tokenizer(
-        text.whole[: text.end], add_special_tokens=False, return_offsets_mapping=has_offsets
+        text.whole[: text.end], add_special_tokens=adds_special, return_offsets_mapping=has_offsets
     )
     ids: list[int] = encoded.input_ids
     if ids[: len(prompt_ids)] != prompt_ids:
@@ -225,6 +232,67 @@ def _find_answer(template: "_Template", record: Conversation, stops: set[str]) -
         content_start=end_of_text - len(answer.content or ""),
         end=end_of_text + _written_tail(tail, record, stops),
     )
+
+
+def _put_behind(template: "_Template", record: Conversation, stops: set[str]) -> _AnswerText:
+    """Put the answer behind a prompt that is rendered already.
+
+    Raises:
+        UnstableBoundaryError: Nothing tells how the target wrote the parts of the answer.
+    """
+    answer = record.answer
+    assert answer is not None, "only answered conversations have a row"
+    if answer.reasoning or answer.tool_calls:
+        raise UnstableBoundaryError("only a template can print reasoning and tool calls")
+    prompt, content = _rendered_text(record), answer.content or ""
+    _check_words(answer, content, stops)
+    tail = _chat_tail(template, prompt)
+    end_of_text = len(prompt) + len(content)
+    return _AnswerText(
+        whole=prompt + content + tail,
+        prompt_end=len(prompt),
+        content_start=len(prompt),
+        end=end_of_text + _written_tail(tail, record, stops),
+    )
+
+
+def _chat_tail(template: "_Template", prompt: str) -> str:
+    """Give what the template prints behind an answer; nothing if the prompt is no chat of it.
+
+    It is one if it ends as the template ends a prompt. Any other text may end in many ways.
+    """
+    asked = Turn(role="user", content=_MARK)
+    opening = template.prompt([asked]).rpartition(_MARK)[2]
+    if not opening.strip() or not prompt.endswith(opening):
+        return ""
+    whole = template.whole([asked, Turn(role="assistant", content=_MARK)])
+    return whole.rpartition(_MARK)[2] if whole.count(_MARK) == 2 else ""
+
+
+def _rendered_ids(tokenizer: PreTrainedTokenizerBase, record: Conversation) -> list[int]:
+    """Give the logged ids of a rendered prompt if they spell its text here, else the text's."""
+    text, ids = _rendered_text(record), record.prompt_token_ids
+    if ids is not None and all(0 <= token_id < len(tokenizer) for token_id in ids):
+        spelt = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        if str(spelt).rstrip("\ufffd") == text.rstrip("\ufffd"):  # a character may be cut off
+            return ids
+    return tokenizer(text, add_special_tokens=_adds_special(tokenizer, text)).input_ids
+
+
+def _rendered_text(record: Conversation) -> str:
+    prompt = record.prompt
+    if len(prompt) != 1 or not prompt[0].content:
+        raise UnstableBoundaryError("a rendered prompt is one text, and not an empty one")
+    return prompt[0].content
+
+
+def _adds_special(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
+    """Say whether the tokenizer puts its own tokens around a text, as engines have it do.
+
+    A text that begins with one, as many templates print it, must not get a second.
+    """
+    first = tokenizer.bos_token
+    return not (first and text.startswith(str(first)))
 
 
 def _check_words(answer: Turn, printed: str, stops: set[str]) -> None:

@@ -91,6 +91,9 @@ class Conversation(Struct, kw_only=True, forbid_unknown_fields=True):
     cluster: str | None = None
     privacy: Privacy = field(default_factory=Privacy)
     split: str | None = None
+    has_rendered_prompt: bool = False
+    """Whether the prompt is one user message with the text as the engine was fed it: a rendered
+    chat, or what a client of a completion API wrote. No chat template is applied to it."""
     seen_in_train: bool | None = None
     """Of test records: whether their session has a near-duplicate in train; None elsewhere."""
 

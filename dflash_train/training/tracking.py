@@ -1,5 +1,6 @@
 """Where curves go: `metrics.jsonl` always, Weights & Biases when asked."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -85,11 +86,11 @@ class WandbTracker:
         """Send the numbers of one step under slash-separated names."""
         self._run.log(flatten(values), step=step)
 
-    def log_table(self, name: str, columns: list[str], rows: list[list[Any]]) -> None:
+    def log_table(self, name: str, columns: Sequence[str], rows: Sequence[list[Any]]) -> None:
         """Send a table; its cells are plain values or None."""
         import wandb
 
-        self._run.log({name: wandb.Table(columns=columns, data=rows)})
+        self._run.log({name: wandb.Table(columns=list(columns), data=list(rows))})
 
     def close(self) -> None:
         """Finish the run."""

@@ -240,14 +240,12 @@ def compare_rows(
     shared = [row for row in first if row.id in others]
     if not shared:
         return None
-    paired = _pair(
-        "", shared, [others[row.id] for row in shared], resamples=resamples, seed=seed
-    )
+    paired = _pair("", shared, [others[row.id] for row in shared], resamples=resamples, seed=seed)
     return paired.difference
 
 
 def find_differences(
-    first: str, second: str, *, kind: str = "live", counts_are_clipped: bool = False
+    first: str, second: str, *, kind: str = "replay", counts_are_clipped: bool = False
 ) -> Differences:
     """Find for every request the first step at which two traces differ.
 

@@ -6,15 +6,12 @@ stand on the two sides of a comparison.
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import orjson
-
-from dflash_inference.request_rows import RequestRow, from_columns, rows_of
+from dflash_inference.report_file import REPORT_FILE, read_report, report_rows
+from dflash_inference.request_rows import RequestRow, rows_of
 from dflash_inference.trace import TRAFFIC_SPLIT, DecodeTrace, read_traces
 from dflash_train.config import require
 
-REPORT_FILE = "report.json"
 KINDS = ("replay", "live", "plain", "lookup", "foreign")
 """Ways of decoding whose traces a run folder holds."""
 
@@ -62,42 +59,6 @@ def read_side(place: str, *, kind: str = "replay") -> Side:
     )
 
 
-def read_report(path: Path) -> dict[str, Any]:
-    """Read a `report.json`.
-
-    Raises:
-        ValueError: It is missing, damaged, or from a version that kept no rows of requests.
-    """
-    require(path.is_file(), f"{path} is not a file. Give the report.json of an earlier run.")
-    try:
-        found = orjson.loads(path.read_bytes())
-        found["requests"], found["acceptance_length"]["ceiling"]
-        return found
-    except (orjson.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} is no report of this version ({type(error).__name__}). Run the stage 'report' "
-            "again with --force."
-        ) from error
-
-
-def report_rows(path: Path) -> dict[str, list[RequestRow]]:
-    """Read the requests of a report, by split.
-
-    Raises:
-        ValueError: It is no report of this version.
-    """
-    try:
-        return {
-            split: from_columns(columns)
-            for split, columns in read_report(path)["requests"].items()
-        }
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{path} holds damaged rows of requests ({type(error).__name__}). Run the stage "
-            "'report' again with --force."
-        ) from error
-
-
 def _side_of_report(path: Path) -> Side:
     by_split = report_rows(path)
     named = [(split, row) for split, rows in by_split.items() for row in rows]
@@ -118,8 +79,8 @@ def _side_of_traces(place: str, files: dict[str, Path]) -> Side:
         side.rows |= rows
         side.traces |= {trace.id: trace for trace in traces}
         side.splits |= {trace.id: split for trace in traces if split}
-        widths = [step.width for trace in traces for step in trace.steps]
-        side.ceiling = max(side.ceiling, *widths, 1)
+        levels = (step.num_levels for trace in traces for step in trace.steps)
+        side.ceiling = max(side.ceiling, 1 + max(levels, default=0))
     return side
 
 

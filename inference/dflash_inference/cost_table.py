@@ -16,12 +16,10 @@ The file lies in `$DFLASH_HOME/cost-tables/`, in the format of the report's cost
 import itertools
 import statistics
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 import msgspec
-import numpy as np
 import torch
 
 from dflash_inference.decoder import SpeculativeDecoder
@@ -38,44 +36,6 @@ BATCHES = (1, 2, 4, 8)
 CONTEXT_LENGTH = 256
 NUM_TURNS = 7
 """Timings of each pass; their median counts."""
-
-
-class StepCosts:
-    """Reads a cost table between and beyond its measured points."""
-
-    def __init__(self, table: CostTable) -> None:
-        """Sort the rows into one curve per batch."""
-        self._batches = sorted({row.batch for row in table.rows})
-        self._rows = {
-            batch: sorted(
-                (row for row in table.rows if row.batch == batch), key=lambda row: row.width
-            )
-            for batch in self._batches
-        }
-
-    def verify_s(self, width: int, *, batch: int) -> float:
-        """Give seconds of one verify pass of `batch` requests, `width` tokens each."""
-        return self._at(batch, lambda rows: _line(width, rows, [row.verify_s for row in rows]))
-
-    def draft_s(self, *, batch: int) -> float:
-        """Give seconds of one draft of `batch` whole blocks."""
-        return self._at(batch, lambda rows: rows[-1].draft_s)
-
-    def _at(self, batch: int, read: Callable[[list[CostRow]], float]) -> float:
-        """Read between batches; beyond the largest, requests cost what they cost there."""
-        largest = self._batches[-1]
-        if batch > largest:
-            return read(self._rows[largest]) * batch / largest
-        return float(np.interp(batch, self._batches, [read(self._rows[b]) for b in self._batches]))
-
-
-def _line(width: int, rows: list[CostRow], seconds: list[float]) -> float:
-    """Interpolate; beyond the widest row the last stretch goes on."""
-    widths = [row.width for row in rows]
-    if width <= widths[-1] or len(rows) == 1:
-        return float(np.interp(width, widths, seconds))
-    slope = (seconds[-1] - seconds[-2]) / (widths[-1] - widths[-2])
-    return seconds[-1] + max(0.0, slope) * (width - widths[-1])
 
 
 def machine_costs(
@@ -176,9 +136,7 @@ class _WarmRequest:
         return self.state
 
 
-def _draft_seconds(
-    decoder: SpeculativeDecoder, requests: list[_WarmRequest], width: int
-) -> float:
+def _draft_seconds(decoder: SpeculativeDecoder, requests: list[_WarmRequest], width: int) -> float:
     if decoder.block_drafter is None or width == 1:
         return 0.0
     states = [request.rewind(width) for request in requests]
@@ -187,9 +145,7 @@ def _draft_seconds(
     return synchronized_seconds(decoder.target.device) - began
 
 
-def _verify_seconds(
-    decoder: SpeculativeDecoder, requests: list[_WarmRequest], width: int
-) -> float:
+def _verify_seconds(decoder: SpeculativeDecoder, requests: list[_WarmRequest], width: int) -> float:
     spans = [
         Span(token_ids=each.state.token_ids[-width:], cache=each.state.target_cache)
         for each in requests
@@ -212,8 +168,10 @@ def _key(
     here = machine()
     return {
         "target": [target.name, target.revision, str(target.model.dtype)],
-        "attention": decoder.target_pass.attention.loaded_with,
-        "drafter": None if drafter is None else [asdict(drafter.drafter.config), str(drafter.dtype)],
+        "attention": str(target.model.config._attn_implementation),
+        "drafter": None
+        if drafter is None
+        else [asdict(drafter.drafter.config), str(drafter.dtype)],
         "mode": "fast" if decoder.target_pass.is_fast else "exact",
         "device": [str(target.device), here["processor"], here["accelerator"]],
         "threads": here["threads"],

@@ -26,6 +26,7 @@ from typing import Any
 
 import msgspec
 from datasets import Dataset, load_dataset
+from datasets.exceptions import DatasetsError
 
 from dflash_train.config import UnavailableError, require, set_name
 from dflash_train.records.conversation import Conversation, Turn
@@ -84,11 +85,11 @@ class HubSource:
                 )  # fmt: skip
                 assert isinstance(rows, Dataset)
                 return rows.to_list()
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, DatasetsError) as error:
             raise UnavailableError(
                 f"evaluate.eval_sets (={key}) needs {self.repository} at revision "
                 f"{self.revision[:12]}, and {place} could not be read ({type(error).__name__}). Go "
-                "online once, or put a copy of the repository below evaluate.datasets_dir, or leave "
+                "online once, put a copy of the repository below evaluate.datasets_dir, or leave "
                 "the set out."
             ) from error
 

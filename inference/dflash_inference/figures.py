@@ -53,6 +53,8 @@ def draw(findings: Findings) -> dict[str, str]:
             pictures["training"] = draw_training(findings)
         if findings["speed"]["speed_up"] is not None:
             pictures["time"] = draw_time(findings)
+        if findings["concurrency"] is not None:
+            pictures["concurrency"] = draw_concurrency(findings["concurrency"])
     return pictures
 
 
@@ -127,7 +129,7 @@ def draw_histogram(findings: Findings) -> str:
     figure, axes = _new_figure(width=5.1, height=3.1)
     lengths = range(1, len(counts) + 1)
     bars = axes.bar(lengths, [count / total for count in counts], color=DRAFTER, width=0.72)
-    axes.bar_label(bars, [f"{count / total:.0%}" for count in counts], color=MUTED, padding=2)
+    axes.bar_label(bars, [_percent(count, total) for count in counts], color=MUTED, padding=2)
     axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
     axes.set_ylim(0, max(counts) / total * 1.14)
     axes.set_xticks(list(lengths))
@@ -135,6 +137,11 @@ def draw_histogram(findings: Findings) -> str:
     axes.set_xlabel("tokens per step")
     axes.set_ylabel("share of steps")
     return _to_svg(figure)
+
+
+def _percent(count: int, total: int) -> str:
+    """Round to whole percents, but never something down to nothing."""
+    return "<1%" if 0 < count < 0.005 * total else f"{count / total:.0%}"
 
 
 def draw_training(findings: Findings) -> str:
@@ -179,6 +186,34 @@ def draw_time(findings: Findings) -> str:
     axes.legend(
         loc="lower right", bbox_to_anchor=(1.02, 1.0), ncols=4, handlelength=0.9, columnspacing=1.2
     )
+    return _to_svg(figure)
+
+
+def draw_concurrency(found: Findings) -> str:
+    """Draw the speed-up against requests at once, and the line below which nothing is gained."""
+    figure, axes = _new_figure(width=5.1, height=3.1)
+    points = found["points"]
+    places = [point["concurrency"] for point in points]
+    axes.axhline(1, color=FOREIGN, linewidth=1.4, linestyle="--")
+    axes.plot(places, [point["speed_up"] for point in points], color=DRAFTER, marker="o",
+              markersize=5, clip_on=False)  # fmt: skip
+    for point in points:
+        axes.annotate(
+            f"{point['speed_up']:.2f}",
+            (point["concurrency"], point["speed_up"]),
+            xytext=(0, 7 if point["speed_up"] >= 1 else -15),  # clear of the line at 1
+            textcoords="offset points",
+            ha="center",
+            fontweight="bold",
+            color=DRAFTER,
+        )
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(places, [str(place) for place in places])
+    axes.minorticks_off()
+    axes.set_ylim(0, 1.2 * max(1.0, *(point["speed_up"] for point in points)))
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+    axes.set_xlabel("requests at once")
+    axes.set_ylabel("speed-up")
     return _to_svg(figure)
 
 

@@ -14,6 +14,7 @@ import orjson
 from dflash_inference.eval_sets import eval_set
 from dflash_inference.live import LIVE_FILE, WIDTH_ONE_FILE
 from dflash_inference.live_check import LIVE_CHECK_FILE, LiveCheck, read_checks
+from dflash_inference.report_file import REPORT_FORMAT, REPORT_VERSION
 from dflash_inference.request_rows import rows_of, to_columns
 from dflash_inference.serving_costs import (
     predict_speed,
@@ -44,7 +45,6 @@ from dflash_train.features.store import INDEX_NAME, read_index
 from dflash_train.records.conversation import read_split
 from dflash_train.records.manifest import Manifest
 
-REPORT_FORMAT, REPORT_VERSION = "dflash-train/report", 1
 METRICS_NAME = "metrics.jsonl"
 DATA_FOLDERS = ("conversations", "regenerated", "features")
 
@@ -186,9 +186,7 @@ def find_views(
     }
 
 
-def find_eval_set(
-    entry: str, folder: Path, config: EvaluateConfig, block: BlockShape
-) -> Findings:
+def find_eval_set(entry: str, folder: Path, config: EvaluateConfig, block: BlockShape) -> Findings:
     """Give the figures of one evaluation set, its licence and its origin."""
     known = eval_set(entry)
     name = known.name

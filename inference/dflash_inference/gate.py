@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dflash_inference.compare import compare_rows
-from dflash_inference.comparison_sides import read_report, report_rows
+from dflash_inference.report_file import read_report, report_rows
 from dflash_inference.statistics import FEWEST_FOR_A_CLAIM
 from dflash_inference.trace import TRAFFIC_SPLIT
 from dflash_train.config import EvaluateConfig, require

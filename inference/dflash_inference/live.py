@@ -1,8 +1,8 @@
 """Decode a few held-out prompts live: the proof of what replay claims, and the speed.
 
 Each prompt is decoded in three ways in turn, in one process after a warm-up, so all speeds see the
-same machine: plainly (the oracle, which keeps the two best logits), by the speculative loop at width
-1 (the speed it is measured against), and speculatively. The live output is then replayed with
+same machine: plainly (the oracle, which keeps the two best logits), by the speculative loop at
+width 1 (the speed it is measured against), and speculatively. The live output is then replayed with
 features of one teacher-forced pass and compared step by step. The target also decodes all prompts
 in a batch: how far that agrees with plain decoding is the noise floor of every token comparison.
 """
@@ -88,7 +88,9 @@ def decode_live(
     plain, width_one, live, checks = [], [], [], []
     budget = config.live_max_new_tokens
     batched = _decode_batch(target, prompts, budget=budget)
-    for prompt, batch_ids in zip(tqdm(prompts, desc="evaluate live", unit="prompt"), batched, strict=True):
+    for prompt, batch_ids in zip(
+        tqdm(prompts, desc="evaluate live", unit="prompt"), batched, strict=True
+    ):
         for decoder, traces in zip(decoders, (plain, width_one, live), strict=True):
             trace = decoder.generate(prompt.token_ids, max_new_tokens=budget)
             traces.append(prompt.label(trace))

@@ -2,8 +2,11 @@
 
 The longest suffix of the committed text that occurred before is looked up, and the tokens that
 followed its most recent occurrence are proposed. Steps are counted as replay counts them, on
-stored greedy answers, so the figures stand beside the drafter's.
+stored greedy answers, so the figures stand beside the drafter's. In the live loop the same copies
+are proposed by a policy (lookup_drafts.py).
 """
+
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +16,20 @@ from dflash_inference.trace import StepTrace
 Tokens = NDArray[np.int64]
 
 
+class Copy(NamedTuple):
+    """What followed an earlier occurrence of the end of a text."""
+
+    tokens: Tokens
+    match_length: int
+    """Tokens at the end of the text that occurred before; 0 without a match."""
+
+
 def propose(text: Tokens, num_tokens: int) -> Tokens:
+    """Give the tokens of `find_copy`."""
+    return find_copy(text, num_tokens).tokens
+
+
+def find_copy(text: Tokens, num_tokens: int) -> Copy:
     """Copy what followed the most recent earlier occurrence of the longest suffix.
 
     Args:
@@ -22,12 +38,12 @@ def propose(text: Tokens, num_tokens: int) -> Tokens:
     """
     ends = np.flatnonzero(text[:-1] == text[-1])  # where a suffix of one token ends earlier
     if len(ends) == 0:
-        return text[:0]
+        return Copy(text[:0], 0)
     length = 1
     while len(longer := _longer_matches(text, ends, length)):
         ends, length = longer, length + 1
     most_recent = int(ends[-1])
-    return text[most_recent + 1 : most_recent + 1 + num_tokens]
+    return Copy(text[most_recent + 1 : most_recent + 1 + num_tokens], length)
 
 
 def _longer_matches(text: Tokens, ends: NDArray[np.int64], length: int) -> NDArray[np.int64]:

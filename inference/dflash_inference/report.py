@@ -8,13 +8,13 @@ Writes `report.json` (every figure, checked against `report.schema.json` of this
 import importlib.resources
 from typing import Any
 
-import jsonschema
 import orjson
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from dflash_inference.figures import draw
 from dflash_inference.findings import Findings, find
+from dflash_inference.report_file import REPORT_FILE, check_schema
 from dflash_inference.statistics import FEWEST_FOR_A_CLAIM
 from dflash_train.config import RecipeConfig
 from dflash_train.records.manifest import FileEntry, Manifest, write_bytes
@@ -42,7 +42,7 @@ def report(config: RecipeConfig, *, manifest: Manifest) -> Manifest:
     written = orjson.dumps(findings, option=orjson.OPT_INDENT_2) + b"\n"
     check_schema(orjson.loads(written))
     contents = {
-        "report.json": written,
+        REPORT_FILE: written,
         "report.md": render("report.md.j2", findings).encode(),
         "report.html": render("report.html.j2", findings, draw(findings)).encode(),
     }
@@ -51,27 +51,6 @@ def report(config: RecipeConfig, *, manifest: Manifest) -> Manifest:
     manifest.outputs = [FileEntry.of(folder / name, folder) for name in sorted(contents)]
     manifest.write(folder)
     return manifest
-
-
-def read_schema() -> dict[str, Any]:
-    """Read the JSON schema of `report.json`."""
-    source = importlib.resources.files("dflash_inference") / "report.schema.json"
-    return orjson.loads(source.read_bytes())
-
-
-def check_schema(findings: Findings) -> None:
-    """Check the figures against the schema before anybody reads them.
-
-    Raises:
-        RuntimeError: They do not fit; the message names the place and not the value.
-    """
-    validator = jsonschema.Draft202012Validator(read_schema())
-    error = next(validator.iter_errors(findings), None)
-    if error is not None:
-        raise RuntimeError(
-            f"report.json breaks its schema at {error.json_path} (rule {error.validator!r}). This "
-            "is an error in the stage, please report it."
-        )
 
 
 def render(template: str, findings: Findings, pictures: dict[str, str] | None = None) -> str:
@@ -100,6 +79,7 @@ def write_sentences(findings: Findings) -> dict[str, str]:
         "foreign_features": _foreign_sentence(findings["foreign_features"]),
         "live_check": _live_sentence(findings["live_check"]),
         "speed": _speed_sentence(findings["speed"]),
+        "noise_floor": _noise_sentence(findings["live_check"]),
         "concurrency": _concurrency_sentence(findings["concurrency"]),
         "draft_use": _draft_use_sentence(findings["draft_use"]),
     } | {
@@ -110,7 +90,7 @@ def write_sentences(findings: Findings) -> dict[str, str]:
 
 def read_findings(config: RecipeConfig) -> Findings:
     """Read the figures of a finished report."""
-    return orjson.loads((config.run_dir / REPORT_FOLDER / "report.json").read_bytes())
+    return orjson.loads((config.run_dir / REPORT_FOLDER / REPORT_FILE).read_bytes())
 
 
 def summary_lines(config: RecipeConfig) -> list[str]:
@@ -198,6 +178,18 @@ def _live_sentence(check: Findings) -> str:
     )
 
 
+def _noise_sentence(check: Findings) -> str:
+    """Say how far two runs of the target alone agree: less cannot be asked of speculation."""
+    if check["num_requests"] == 0:
+        return ""
+    return (
+        f"Noise floor: the target alone, decoding the same prompts in a batch, matches its own "
+        f"plain decoding at {check['batch_match_rate']:.2%} "
+        f"({check['num_batch_identical']} of {check['num_requests']} outputs identical); the "
+        f"stored answers match it at {check['stored_match_rate']:.2%}."
+    )
+
+
 def _mismatch_words(check: Findings) -> str:
     num_mismatches, num_ties = len(check["mismatches"]), check["num_near_ties"]
     if num_mismatches == 0:
@@ -221,9 +213,9 @@ def _speed_sentence(speed: Findings) -> str:
     low, high = speed["speed_up_interval"]
     few = "" if speed["num_requests"] >= FEWEST_FOR_A_CLAIM else ", too few for a claim"
     return (
-        f"{rates['speculative']:.1f} tokens/s speculative, {rates['plain']:.1f} in the same loop at "
-        f"width 1: a factor of {speed['speed_up']:.2f} per output token (95 % interval {low:.2f} "
-        f"to {high:.2f}, {speed['num_requests']} prompts{few}). A step costs "
+        f"{rates['speculative']:.1f} tokens/s speculative, {rates['plain']:.1f} in the same loop "
+        f"at width 1: a factor of {speed['speed_up']:.2f} per output token (95 % interval "
+        f"{low:.2f} to {high:.2f}, {speed['num_requests']} prompts{few}). A step costs "
         f"{speed['step_cost']:.2f} plain tokens, so it pays above an acceptance length of "
         f"{speed['step_cost']:.2f}."
     )

@@ -30,7 +30,10 @@ def synchronized_seconds(device: torch.device) -> float:
 
 @dataclass(kw_only=True, eq=False)
 class RequestState:
-    """One request in flight, equal to itself only. After prefill, `token_ids` ends in the anchor."""
+    """One request in flight, equal to itself only.
+
+    After prefill, `token_ids` ends with the anchor.
+    """
 
     prompt_length: int
     token_ids: list[int]

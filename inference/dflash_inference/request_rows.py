@@ -68,8 +68,13 @@ def from_columns(columns: dict[str, list[Any]]) -> list[RequestRow]:
     """Read rows back.
 
     Raises:
-        KeyError, TypeError, ValueError: They are not what `to_columns` gives.
+        ValueError: The columns are of different lengths.
     """
     names = [field.name for field in fields(RequestRow)]
+    if len({len(columns[name]) for name in names}) > 1:
+        raise ValueError(
+            "the columns of `requests` are of different lengths: the report was changed by hand. "
+            "Run the stage 'report' again with --force."
+        )
     values = zip(*(columns[name] for name in names), strict=True)
     return [RequestRow(**dict(zip(names, each, strict=True))) for each in values]

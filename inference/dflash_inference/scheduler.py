@@ -44,7 +44,7 @@ class Ticket:
         """Let go of the caches; tokens and steps stay."""
         self.state.target_cache = KeyValueCache(capacity=0)
         self.state.drafter_cache = ContextCache()
-        self.state.pending_features = None
+        self.state.pending_parts = []
 
 
 @dataclass(kw_only=True)

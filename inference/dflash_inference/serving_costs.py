@@ -20,6 +20,7 @@ width (tokens of a request that verify reads). Width 1 is plain decoding:
 From these the report computes `c`, one step in plain decodes, and `speed-up = length / c`.
 """
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -168,7 +169,7 @@ def _at(width: int, rows: list[CostRow], seconds: list[float]) -> float:
 
 def _break_even(rows: list[dict[str, Any]]) -> float | None:
     """Interpolate where the speed-up crosses 1, straight over the logarithm of concurrency."""
-    for before, after in zip(rows, rows[1:], strict=False):
+    for before, after in pairwise(rows):
         if before["speed_up"] >= 1 > after["speed_up"]:
             share = (before["speed_up"] - 1) / (before["speed_up"] - after["speed_up"])
             ends = np.log([before["concurrency"], after["concurrency"]])

@@ -127,8 +127,8 @@ def find_cuts(
     order = {"prompt_length": PROMPT_EDGES, "position": POSITION_EDGES}
     for name, edges in order.items():
         labels = bucket_labels(edges)
-        cuts[name].sort(key=lambda each: labels.index(each["label"]))
-    return cuts
+        cuts[name].sort(key=lambda each, labels=labels: labels.index(each["label"]))
+    return {name: cuts[name] for name in ("prompt_length", "position", "sampling", "finish_reason")}
 
 
 def read_temperatures(run_dir: Path, split: str) -> dict[str, float | None]:

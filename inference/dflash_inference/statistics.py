@@ -206,7 +206,7 @@ def position_acceptance(traces: list[DecodeTrace], *, num_drafts: int) -> Positi
     reached = np.zeros(num_drafts + 1, dtype=np.int64)
     for trace in traces:
         for step in trace.steps:
-            offered[: step.width] += trace.weight
+            offered[: step.num_levels + 1] += trace.weight
             reached[: step.num_accepted + 1] += trace.weight
     # Index 0 is the anchor, kept in every step: J_0 = 1.
     joint = [
@@ -235,7 +235,8 @@ def length_histogram(traces: list[DecodeTrace], *, num_drafts: int) -> list[int]
 def draft_use(traces: list[DecodeTrace]) -> dict[str, float | int | None]:
     """Give how much of the work was of use, by weight: of drafts, and of the rows verify read.
 
-    `efficiency` is `sum n / sum drafted`; `wasted_verify_rows` is `1 - sum (n + 1) / sum width`.
+    A tree counts each of its nodes. `efficiency` is `sum n / sum drafted`, `wasted_verify_rows` is
+    `1 - sum (n + 1) / sum width`.
     """
     drafted = accepted = rows = steps = 0
     for trace in traces:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import orjson
 import pytest
@@ -178,7 +179,8 @@ def save_target(folder: Path) -> Path:
     """Write a tiny random target whose heads are wide enough for vLLM."""
     save_tiny_target(folder)
     torch.manual_seed(0)
-    config = LlamaConfig(**(SHAPES | {"head_dim": 32}))
+    shapes: dict[str, Any] = SHAPES | {"head_dim": 32}
+    config = LlamaConfig(**shapes)
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
     return folder
 

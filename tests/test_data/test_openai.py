@@ -184,6 +184,19 @@ def test_legacy_completion_is_kept_with_its_token_ids(prompt: Any):
     assert not only(line()).has_rendered_prompt
 
 
+def test_ids_returned_with_a_chat_and_the_revision_that_answered_are_kept():
+    response = answer()
+    response["choices"][0]["token_ids"] = [8, 2]
+    response["prompt_token_ids"] = [5, 6, 7]
+    call = only(line(response=response, model_revision="r-9"))
+    assert (call.prompt_token_ids, call.output_token_ids) == ([5, 6, 7], [8, 2])
+    assert call.model_revision == "r-9"
+    assert not call.has_rendered_prompt
+    assert only(line()).model_revision is None
+    response["prompt_token_ids"] = ["x"]
+    assert reasons(line(response=response)) == ["unparsable"]
+
+
 @pytest.mark.parametrize(
     "text",
     [

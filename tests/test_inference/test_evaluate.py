@@ -110,11 +110,17 @@ def test_the_stage_writes_every_trace_and_a_report_can_be_made(
         "plain.jsonl",
         "replay-eval-humaneval.jsonl",
         "replay-test.jsonl",
+        "width1.jsonl",
     ]
     assert [trace.id for trace in read_traces(folder / "replay-test.jsonl")] == [r.id for r in rows]
     checks = read_checks(folder / "live-check.json")
     assert len(checks) == 6
     assert all(check.equals_replay and check.token_match_rate == 1 for check in checks)
+    assert all(check.batch_match_rate == 1 for check in checks)  # float64: no near-tie turns
+    plain, width_one = (read_traces(folder / name) for name in ("plain.jsonl", "width1.jsonl"))
+    assert [trace.output_ids for trace in width_one] == [trace.output_ids for trace in plain]
+    steps = [step for trace in width_one for step in trace.steps]
+    assert {(step.width, step.committed, step.source) for step in steps} == {(1, 1, "none")}
     report(recipe, manifest=Manifest(stage="report", recipe_hash="sha256:0"))
     found = orjson.loads((recipe.run_dir / "report" / "report.json").read_bytes())
     assert found["token_match_rate"] == 1
@@ -221,7 +227,15 @@ def test_a_mismatch_is_a_near_tie_only_between_the_two_best_at_rounding_level(
 def test_a_step_that_differs_from_replay_is_counted_and_named() -> None:
     live = decoded([5, 6], (2.0, 1.0))
     other = replace(live, steps=[replace(live.steps[0], width=2)])
-    check = check_live(live, plain=live, replayed=other, stored_ids=[5, 9, 9], dtype=torch.float32)
+    check = check_live(
+        live,
+        plain=live,
+        replayed=other,
+        batch_ids=[7, 6],
+        stored_ids=[5, 9, 9],
+        dtype=torch.float32,
+    )
+    assert check.batch_match_rate == 0
     assert (check.equals_replay, check.num_steps_equal, check.num_steps) == (False, 0, 1)
     assert check.mismatch is None
     assert check.stored_match_rate == 0.5

@@ -2,16 +2,21 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import jsonschema
 import orjson
 import pytest
 
 from dflash_inference.findings import Findings
-from dflash_inference.report import report, summary_lines, write_sentences
+from dflash_inference.report import read_findings, report, summary_lines, write_sentences
+from dflash_inference.report_file import check_schema, read_schema
+from dflash_inference.report_tables import report_tables
 from dflash_inference.statistics import RequestSums, pooled_mean
 from dflash_inference.trace import read_traces
-from dflash_train.config import RecipeConfig
+from dflash_train.config import RecipeConfig, TrackingConfig, WandbMode
 from dflash_train.records.conversation import read_shard, write_shard
 from dflash_train.records.manifest import Manifest
+from dflash_train.stages import work
+from dflash_train.stages.workshop import Workshop
 
 
 @pytest.fixture(scope="module")
@@ -228,3 +233,129 @@ def test_a_missing_or_changed_evaluation_is_refused(tmp_path: Path) -> None:
     manifest = Manifest(stage="report", recipe_hash="sha256:0")
     with pytest.raises(ValueError, match="Run the stage `evaluate` first"):
         report(config, manifest=manifest)
+
+
+@pytest.fixture
+def measured_run(small_run: RecipeConfig) -> RecipeConfig:
+    """A run whose recipe names a measurement of concurrency and a cost table."""
+    points = [
+        {"concurrency": n, "plain_tokens_per_s": 30.0 * n, "speculative_tokens_per_s": rate,
+         "tokens_per_step": 2.0}
+        for n, rate in ((1, 60.0), (16, 400.0))
+    ]  # fmt: skip
+    rows = [{"batch": 1, "width": 1, "verify_s": 0.01}, {"batch": 1, "width": 8, "verify_s": 0.012}]
+    version = {"format_version": 1}
+    concurrency = {"format": "dflash-train/concurrency", "setting": "two cores", "points": points}
+    costs = {"format": "dflash-train/costs", "hardware": "a faster machine", "rows": rows}
+    for name, content in (("concurrency", concurrency), ("costs", costs)):
+        (small_run.run_dir / f"{name}.json").write_bytes(orjson.dumps(version | content))
+    small_run.evaluate.concurrency = str(small_run.run_dir / "concurrency.json")
+    small_run.evaluate.cost_tables = [str(small_run.run_dir / "costs.json")]
+    return small_run
+
+
+def test_measurements_of_other_settings_stand_in_all_three_files(
+    measured_run: RecipeConfig,
+) -> None:
+    report(measured_run, manifest=Manifest(stage="report", recipe_hash="sha256:0"))
+    folder = measured_run.run_dir / "report"
+    found = orjson.loads((folder / "report.json").read_bytes())
+    assert found["concurrency"]["loses_from"] == 16
+    (prediction,) = found["predictions"]
+    expected = found["acceptance_length"]["pooled"] / 1.2
+    assert prediction["batches"][0]["speed_up"] == pytest.approx(expected)
+    for name in ("report.md", "report.html"):
+        text = (folder / name).read_text()
+        assert "loses from 16; break-even near" in text
+        assert "a faster machine" in text
+        assert f"{expected:.2f}" in text
+    html = (folder / "report.html").read_text()
+    assert html.count("<svg") == 6
+    page = Page()
+    page.feed(html)
+    assert page.open == []
+
+
+def test_schema_is_valid_and_asks_for_every_part(
+    measured_run: RecipeConfig, findings: Findings
+) -> None:
+    schema = read_schema()
+    jsonschema.Draft202012Validator.check_schema(schema)
+    assert set(schema["required"]) == set(schema["properties"]) == set(findings)
+    report(measured_run, manifest=Manifest(stage="report", recipe_hash="sha256:0"))
+    check_schema(orjson.loads((measured_run.run_dir / "report" / "report.json").read_bytes()))
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        ("acceptance_length.pooled", 0.5),
+        ("acceptance_length.interval", [1.0]),
+        ("token_match_rate", 1.5),
+        ("prompt_lookup.difference.verdict", "fine"),
+        ("steps_by_length", [1.5]),
+        ("speed.seconds_per_step.draft", "fast"),
+        ("requests.test.steps", [-1]),
+        ("live_check.colour", "red"),
+        ("format_version", 2),
+    ],
+)
+def test_figures_that_break_the_schema_are_not_written(
+    findings: Findings, place: str, value: object
+) -> None:
+    check_schema(findings)
+    *parts, last = place.split(".")
+    inner = findings
+    for part in parts:
+        inner = inner[part]
+    inner[last] = value
+    with pytest.raises(RuntimeError, match=r"breaks its schema at \$"):
+        check_schema(findings)
+
+
+def test_speed_up_is_the_ratio_of_mean_seconds_per_token_of_one_loop(
+    invented_run: RecipeConfig, findings: Findings
+) -> None:
+    traces = invented_run.run_dir / "traces"
+    live, width_one = (read_traces(traces / name) for name in ("live.jsonl", "width1.jsonl"))
+    means = [
+        sum(each.decode_s / (len(each.output_ids) - 1) for each in some) / len(some)
+        for some in (width_one, live)
+    ]
+    speed = findings["speed"]
+    assert speed["speed_up"] == pytest.approx(means[0] / means[1])
+    assert speed["speed_up_interval"][0] < speed["speed_up"] < speed["speed_up_interval"][1]
+    assert speed["seconds_per_plain_token"] == pytest.approx(0.031)
+    assert sum(speed["seconds_per_step"].values()) == pytest.approx(0.041)
+    assert "12 prompts, too few for a claim" in write_sentences(findings)["speed"]
+
+
+def test_the_noise_floor_stands_beside_the_match_rate(folder: Path, findings: Findings) -> None:
+    check = findings["live_check"]
+    assert check["batch_match_rate"] == pytest.approx(11.5 / 12)
+    assert check["num_batch_identical"] == 11
+    for name in ("report.md", "report.html"):
+        assert "plain decoding at 95.83%" in (folder / name).read_text()
+
+
+def test_tables_hold_the_figures_and_reach_wandb_offline(
+    measured_run: RecipeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    measured_run.tracking = TrackingConfig(wandb=True, wandb_mode=WandbMode.offline)
+    work.report(Workshop(measured_run), Manifest(stage="report", recipe_hash="sha256:0"))
+    found = read_findings(measured_run)
+    tables = report_tables(found)
+    assert set(tables) == {
+        "acceptance_length", "draft_positions", "num_accepted", "concurrency", "predictions",
+    }  # fmt: skip
+    assert all(len(row) == len(table.columns) for table in tables.values() for row in table.rows)
+    first = tables["acceptance_length"].rows[0]
+    assert first[:3] == ["traffic", "all", found["acceptance_length"]["pooled"]]
+    assert sum(steps for _, steps in tables["num_accepted"].rows) == first[-2]
+    wandb.teardown()
+    written = list(measured_run.run_dir.glob("wandb/offline-run-*/files/media/table/report/*.json"))
+    assert len(written) == len(tables)
+    lengths = next(path for path in written if path.name.startswith("acceptance_length"))
+    assert orjson.loads(lengths.read_bytes())["data"][0][:2] == ["traffic", "all"]

@@ -1,6 +1,5 @@
 from collections.abc import Callable
 
-import numpy as np
 import pytest
 import torch
 from scipy import stats
@@ -79,20 +78,20 @@ def committed(draft_ids: Tensor, verdicts: Verdicts) -> Tensor:
 
 def p_value(tokens: Tensor, law: Tensor) -> float:
     """Compare counts of tokens with a law `[16]` by chi-square, cells of 5 expected and more."""
-    counts = torch.bincount(tokens, minlength=VOCABULARY).numpy().astype(float)
-    expected = law.numpy() * len(tokens)
-    assert counts[expected == 0].sum() == 0
-    order = np.argsort(expected)
-    cells: list[tuple[float, float]] = []
-    count = want = 0.0
-    for cell in order:
-        count, want = count + counts[cell], want + expected[cell]
-        if want >= 5:
-            cells.append((count, want))
-            count = want = 0.0
-    last_count, last_want = cells[-1]
-    cells[-1] = (last_count + count, last_want + want)
-    return float(stats.chisquare(*zip(*cells, strict=True)).pvalue)
+    counts = torch.bincount(tokens, minlength=VOCABULARY).tolist()
+    expected = (law * len(tokens)).tolist()
+    observed_cells, expected_cells = [0.0], [0.0]
+    for want, count in sorted(zip(expected, counts, strict=True), reverse=True):
+        assert want > 0 or count == 0
+        if expected_cells[-1] >= 5:
+            observed_cells.append(0.0)
+            expected_cells.append(0.0)
+        observed_cells[-1] += count
+        expected_cells[-1] += want
+    if expected_cells[-1] < 5:  # what is left over joins its neighbour
+        observed_cells[-2:] = [sum(observed_cells[-2:])]
+        expected_cells[-2:] = [sum(expected_cells[-2:])]
+    return float(stats.chisquare(observed_cells, expected_cells).pvalue)
 
 
 Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Verdicts]

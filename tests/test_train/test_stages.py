@@ -35,6 +35,9 @@ def test_every_key_of_a_recipe_belongs_to_a_stage_or_is_known_to_change_no_resul
         "data.endpoints",  # where answers come from; what of it decides them, stages name
         "data.collect_engine",  # an input of collect, by name
         "data.vllm_python", "data.vllm_settings",  # where that engine is, how fast it runs
+        "serve",  # how the endpoint runs; no stage reads it
+        "evaluate.datasets_dir",  # where evaluation sets are, each at its pinned revision
+        "evaluate.concurrency", "evaluate.cost_tables",  # inputs of report, by content
     }  # fmt: skip
     known = harmless.union(*(stage.settings for stage in (SAMPLE_TRAFFIC, *STAGES)))
     recipe = to_plain(compose(["recipe=smollm2"]))

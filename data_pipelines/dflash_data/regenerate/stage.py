@@ -52,7 +52,8 @@ def regenerate(config: RecipeConfig, *, target: WrittenTarget, manifest: Manifes
         manifest: Prepared by the caller; completed and written last.
 
     Raises:
-        ValueError: Conversations are damaged, every prompt is too long, or servers do not answer as the recipe wants.
+        ValueError: Conversations are damaged, every prompt is too long, or servers do not answer as
+            the recipe wants.
         UnavailableError: No server answers any more; run it again to go on.
     """
     conversations, folder = config.run_dir / "conversations", config.run_dir / FOLDER

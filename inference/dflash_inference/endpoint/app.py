@@ -62,7 +62,11 @@ class Endpoint:
                 Route("/health", self.health),
                 Route("/metrics", self.metrics),
             ],
-            exception_handlers={RefusedError: _refusal, HTTPException: _http_refusal},
+            exception_handlers={
+                RefusedError: _refusal,
+                HTTPException: _http_refusal,
+                Exception: _fault,
+            },
         )
 
     async def list_models(self, request: Request) -> Response:
@@ -304,6 +308,13 @@ async def _http_refusal(request: Request, error: Exception) -> Response:
         "/v1/chat/completions, /v1/completions, /health and /metrics."
     )
     return _json(refused.body, status=error.status_code)
+
+
+async def _fault(request: Request, error: Exception) -> Response:
+    refused = RefusedError(
+        f"The server failed ({type(error).__name__}). Its terminal says where.", kind="server_error"
+    )
+    return _json(refused.body, status=500)
 
 
 def _json(content: Any, *, status: int = 200) -> Response:

@@ -62,7 +62,9 @@ SHARED: dict[str, Option] = {
     "top_p": Option(Annotated[float, Meta(gt=0, le=1)], "a number above 0 and at most 1"),
     "top_k": Option(Annotated[int, Meta(ge=-1)], "a whole number; 0 and -1 are no limit"),
     "min_p": Option(Annotated[float, Meta(ge=0, le=1)], "a number between 0 and 1"),
-    "seed": Option(Annotated[int, Meta(ge=0, lt=2**63)], "a whole number between 0 and 2**63 - 1"),
+    "seed": Option(
+        Annotated[int, Meta(ge=0, le=2**63 - 1)], "a whole number between 0 and 2**63 - 1"
+    ),
     "max_tokens": Option(WholeNumber, "a whole number of at least 1"),
     "stop": Option(
         StopText | Annotated[list[StopText], Meta(max_length=MOST_STOPS)],
