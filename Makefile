@@ -30,7 +30,7 @@ check: $(VENV)/.stamp-dev  ## format, lint and types
 	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright --pythonpath $(BIN)/python
 
 soak: $(VENV)/.stamp-dev  ## kill real runs at random moments and compare their ends
-	$(TEST_ENV) $(BIN)/python -m pytest -m soak tests/end_to_end
+	$(TEST_ENV) $(BIN)/python -m pytest -m soak
 
 mutants: $(VENV)/.stamp-dev  ## break the code on purpose; which test notices? some: ONLY=mask
 	$(BIN)/python tests/mutants/mutants.py $(if $(ONLY),--only "$(ONLY)")
