@@ -48,7 +48,7 @@ class RequestState:
     steps: list[StepTrace] = field(default_factory=list)
     prefill_s: float = 0.0
     finish_reason: str | None = None
-    """`stop`, `length` or `cancelled`; None while it runs."""
+    """`stop`, `length`, `cancelled` or `error`; None while it runs."""
 
     @classmethod
     def of(

@@ -136,7 +136,7 @@ class Scheduler:
             f"{num_rows} cache rows, more than the token budget (={self.token_budget}). Lower "
             "max_tokens, or raise serve.token_budget.",
         )
-        return Ticket(state=RequestState.of(prompt_ids, params))
+        return Ticket(state=self.decoder.new_request(prompt_ids, params))
 
     def enqueue(self, ticket: Ticket) -> None:
         """Put a request at the end of the queue."""

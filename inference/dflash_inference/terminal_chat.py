@@ -64,7 +64,7 @@ class Chat:
         self.turns.append(Turn(role="user", content=question))
         tokenizer = self.decoder.target.tokenizer
         text = IncrementalText(tokenizer)
-        self.last = RequestState.of(self._prompt_ids(), self._params)
+        self.last = self.decoder.new_request(self._prompt_ids(), self._params)
         try:
             yield from self._pieces(self.last, text)
         finally:
