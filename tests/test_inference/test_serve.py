@@ -1,3 +1,4 @@
+import json
 import random
 import re
 import signal
@@ -17,6 +18,7 @@ import torch
 
 from dflash_data.ingest.stage import ingest
 from dflash_inference.decoder import SpeculativeDecoder
+from dflash_inference.endpoint.app import sse_event
 from dflash_inference.endpoint.request_log import RequestLog
 from dflash_inference.sampling import SamplingParams
 from dflash_inference.serve import model_name, serving_defaults, startup_lines
@@ -440,6 +442,13 @@ def test_a_signal_ends_running_requests_and_completes_the_log(
     (call,) = recorded(log)
     assert call["status"] == "cancelled"
     assert call["response"]["choices"][0]["token_ids"] == streamed.token_ids
+
+
+def test_an_event_is_one_line_whatever_its_text_holds() -> None:
+    text = "one\u2028two\u0085three\nfour \U0001f600"
+    lines = sse_event({"text": text}).decode().splitlines()
+    assert len(lines) == 2
+    assert json.loads(lines[0].removeprefix("data: ")) == {"text": text}
 
 
 # Under load

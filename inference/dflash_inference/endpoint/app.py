@@ -5,6 +5,7 @@ Each request becomes a call: its tokens come from the engine's stream, its text 
 """
 
 import asyncio
+import json
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -238,16 +239,16 @@ async def _events(call: Call) -> AsyncIterator[bytes]:
     answer = call.answer
     opening = answer.opening()
     if opening is not None:
-        yield _event(opening)
+        yield sse_event(opening)
     try:
         async for text, new_ids in call.pieces():
             if text or answer.finish_reason or (new_ids and answer.ask.returns_token_ids):
-                yield _event(answer.piece(text, new_ids))
+                yield sse_event(answer.piece(text, new_ids))
     except RefusedError as error:
-        yield _event(error.body)
+        yield sse_event(error.body)
     else:
         if answer.ask.includes_usage:
-            yield _event(answer.usage_chunk())
+            yield sse_event(answer.usage_chunk())
     yield b"data: [DONE]\n\n"
 
 
@@ -321,5 +322,9 @@ def _json(content: Any, *, status: int = 200) -> Response:
     return Response(orjson.dumps(content), status_code=status, media_type="application/json")
 
 
-def _event(content: Any) -> bytes:
-    return b"data: " + orjson.dumps(content) + b"\n\n"
+def sse_event(content: Any) -> bytes:
+    """Give one server-sent event.
+
+    In ASCII: several clients take U+2028 or U+0085 within a text for the end of a line.
+    """
+    return b"data: " + json.dumps(content, separators=(",", ":")).encode() + b"\n\n"
