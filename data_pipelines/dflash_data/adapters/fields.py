@@ -5,6 +5,7 @@ for what logs usually hold: spellings are computed once per name, nesting is mea
 values that are stored as they are, and a time that is RFC 3339 UTC already is kept.
 """
 
+import functools
 import hashlib
 import math
 from collections.abc import Mapping
@@ -181,6 +182,9 @@ def utc_timestamp(value: Any) -> str | None:
     if value > 1e11:
         value /= 1e3 if value < 1e14 else 1e6 if value < 1e17 else 1e9
     try:
+        if value == (seconds := int(value)):
+            minute, second = divmod(seconds, 60)
+            return f"{_minute(minute)}{second:02}Z"
         return (EPOCH + timedelta(0, value)).isoformat() + "Z"
     except OverflowError:
         return None
@@ -192,6 +196,12 @@ def record_id(source: str, source_id: str, turn: int) -> str:
     return f"sha256:{digest}"
 
 
+@functools.lru_cache(maxsize=4096)
+def _minute(number: int) -> str:
+    """Give the time up to the seconds, `2026-11-22T10:00:`, of a minute since 1970."""
+    return (EPOCH + timedelta(minutes=number)).isoformat()[:-2]
+
+
 def _rfc3339(text: str) -> str | None:
     try:
         moment = datetime.fromisoformat(text)
@@ -199,6 +209,8 @@ def _rfc3339(text: str) -> str | None:
             return moment.isoformat() + "Z"
         if len(text) == 20 and text[4::3] == RFC_3339_MARKS:
             return text
+        if len(text) == 24 and text[4:20:3] == RFC_3339_MARKS[:-1] + "." and text[23] == "Z":
+            return text[:19] + ("" if text[20:23] == "000" else text[19:23] + "000") + "Z"
         return moment.astimezone(UTC).isoformat()[:-6] + "Z"
     except (ValueError, OverflowError):
         return None
