@@ -14,5 +14,5 @@ def test_broken_lines_never_stop_reading_or_scrubbing_and_the_books_balance(
 ):
     counts = fuzz(name, tmp_path / "broken.jsonl", NUM_LINES)
     assert counts["lines"] >= NUM_LINES
-    # That some calls are kept, too, the long run shows: in so few lines a batch may lose every pair.
+    # The long run shows that some are kept, too: so few lines of a batch may lose every pair.
     assert counts["read"] > 0 < num_dropped(counts)
