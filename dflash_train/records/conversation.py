@@ -8,7 +8,8 @@ Shards are gzip-compressed JSON lines with a fixed gzip time stamp, so the same 
 give the same bytes.
 
 The records are msgspec structs: made four times as fast as dataclasses, read from JSON with
-their types checked five times as fast, and a pipeline makes and reads millions of them.
+their types checked five times as fast, and a pipeline makes and reads millions of them. What
+is read from JSON holds no cycles, so the garbage collector need not look at them (`gc=False`).
 `msgspec.structs.replace` and `msgspec.structs.asdict` stand in for those of `dataclasses`.
 """
 
@@ -28,7 +29,7 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 SPLITS = ("train", "validation", "test")
 
 
-class Turn(Struct, kw_only=True, forbid_unknown_fields=True):
+class Turn(Struct, kw_only=True, forbid_unknown_fields=True, gc=False):
     """One message. `content` is None only for an assistant turn made of tool calls."""
 
     role: str
@@ -46,7 +47,7 @@ class Turn(Struct, kw_only=True, forbid_unknown_fields=True):
         }
 
 
-class Privacy(Struct, kw_only=True, forbid_unknown_fields=True):
+class Privacy(Struct, kw_only=True, forbid_unknown_fields=True, gc=False):
     """What the scrubber did: counts by kind, and where placeholders stand.
 
     Each span is `(message index, start, end, kind)` in characters of the scrubbed content.
@@ -58,7 +59,7 @@ class Privacy(Struct, kw_only=True, forbid_unknown_fields=True):
     spans: list[tuple[int, int, int, str]] = field(default_factory=list)
 
 
-class Conversation(Struct, kw_only=True, forbid_unknown_fields=True):
+class Conversation(Struct, kw_only=True, forbid_unknown_fields=True, gc=False):
     """One served call: everything before the answer, and the answer if there is one."""
 
     id: str

@@ -36,6 +36,7 @@ USAGE_KEYS = {
 }
 USAGE_DETAILS = spellings(("prompt_tokens_details", "completion_tokens_details"))
 """Where OpenAI's usage object keeps cached and reasoning tokens."""
+_DETAILS = frozenset(USAGE_DETAILS)
 
 
 def with_answer(call: Conversation, response: dict[str, Any]) -> list[Call]:
@@ -96,6 +97,8 @@ def read_finish_reason(value: Any) -> str | None:
 def read_usage(usage: dict[str, Any]) -> dict[str, int]:
     """Give the token counts that were logged, under their own name before an alias."""
     counts = _own_counts(usage)
+    if _DETAILS.isdisjoint(usage):
+        return counts
     for place in USAGE_DETAILS:
         details = usage.get(place)
         if type(details) is dict:
@@ -108,7 +111,7 @@ def _own_counts(usage: dict[str, Any]) -> dict[str, int]:
     for name, value in usage.items():
         key = USAGE_KEYS.get(name)
         if key is not None and (key not in counts or key == name):
-            count = read_count(value)
+            count = value if type(value) is int and value >= 0 else read_count(value)
             if count is not None:
                 counts[key] = count
     return counts

@@ -24,6 +24,8 @@ RFC_3339_MARKS = "--T::Z"
 """Every third character of `2026-10-14T08:40:00Z` from the first dash on."""
 EPOCH = datetime(1970, 1, 1)
 """Without a zone, since a text without one is written in half the time."""
+NANOSECOND_DIGITS = 19
+"""Digits of nanoseconds since 1970, from 2001 to 2286."""
 MAX_DIGITS = 18
 """Digits of a whole number in a string that always fits the 64 bits of JSON writers."""
 
@@ -173,6 +175,8 @@ def utc_timestamp(value: Any) -> str | None:
     if isinstance(value, str):
         if value[4:5] == "-":
             return _rfc3339(value)
+        if len(value) == NANOSECOND_DIGITS and value.isdecimal():  # OpenTelemetry's
+            return _at(int(value[:10])) + _fraction(value[10:16]) + "Z"
         try:
             value = float(value)
         except ValueError:
@@ -183,8 +187,7 @@ def utc_timestamp(value: Any) -> str | None:
         value /= 1e3 if value < 1e14 else 1e6 if value < 1e17 else 1e9
     try:
         if value == (seconds := int(value)):
-            minute, second = divmod(seconds, 60)
-            return f"{_minute(minute)}{second:02}Z"
+            return _at(seconds) + "Z"
         return (EPOCH + timedelta(0, value)).isoformat() + "Z"
     except OverflowError:
         return None
@@ -194,6 +197,16 @@ def record_id(source: str, source_id: str, turn: int) -> str:
     """Give `sha256:` over source, source id and turn: the same on every run over the same log."""
     digest = hashlib.sha256(orjson.dumps([source, source_id, turn])).hexdigest()
     return f"sha256:{digest}"
+
+
+def _at(seconds: int) -> str:
+    """Give the time of whole seconds since 1970, without zone."""
+    minute, second = divmod(seconds, 60)
+    return f"{_minute(minute)}{second:02}"
+
+
+def _fraction(microseconds: str) -> str:
+    return "" if microseconds == "000000" else "." + microseconds
 
 
 @functools.lru_cache(maxsize=4096)

@@ -5,7 +5,7 @@ target said. It stays as `Turn(role="assistant", content=None)`, a place that `r
 fills. Everywhere else missing content is a drop.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from dflash_data.adapters.fields import (
@@ -117,28 +117,29 @@ def read_message(message: Any) -> Turn:
     return turn
 
 
-def check_prompt(turns: Iterable[Turn]) -> None:
+def check_prompt(turns: Sequence[Turn]) -> None:
     """Check that the target can answer these messages.
 
     Raises:
         UnusableError: Nobody asks, a tool result stands outside the run of results after the
             assistant turn that asked for it, or an assistant turn comes last.
     """
-    open_calls = asked = False
-    role = None
-    for turn in turns:
-        role = turn.role
-        if role == "tool":
-            if not open_calls:
-                raise UnusableError(DropReason.bad_tool_order)
-            asked = True
-        else:
-            open_calls = role == "assistant" and turn.tool_calls is not None
-            asked = asked or role == "user"
-    if not asked:
+    roles = [turn.role for turn in turns]
+    if "tool" in roles:
+        _check_tool_order(turns)
+    elif "user" not in roles:
         raise UnusableError(DropReason.content_missing)
-    if role == "assistant":
+    if roles[-1] == "assistant":
         raise UnusableError(DropReason.unstable_boundary)
+
+
+def _check_tool_order(turns: Sequence[Turn]) -> None:
+    open_calls = False
+    for turn in turns:
+        if turn.role != "tool":
+            open_calls = turn.role == "assistant" and turn.tool_calls is not None
+        elif not open_calls:
+            raise UnusableError(DropReason.bad_tool_order)
 
 
 def num_answers(turns: Iterable[Turn]) -> int:

@@ -62,7 +62,7 @@ def _join(line: Line, requests: WaitingLines, answers: WaitingLines) -> list[Cal
     own, other = (requests, answers) if is_asked else (answers, requests)
     partner = other.take(custom_id)
     if partner is not None:
-        other_row = parse_object(partner.text)
+        other_row = parse_object(partner)
         request, answer = (row, other_row) if is_asked else (other_row, row)
         return _call_of(request, answer, line.place)
     return [] if own.put(custom_id, line) else [Drop(DropReason.content_missing)]

@@ -54,7 +54,7 @@ def read(lines: Iterable[Line]) -> Iterator[Call]:
         found = MESSAGE.search(line.text, 0, PREFIX_BYTES)
         if found is None:
             requests.note(line.text)
-        elif found["stream"] != b"delta":
+        else:
             yield from requests.add(found, line)
     yield from requests.rest()
 
@@ -78,16 +78,26 @@ class _Requests:
 
     def add(self, found: re.Match[bytes], line: Line) -> list[Call]:
         """Add one line to its request; give what is complete by now."""
-        key = _join_key(found["id"])
-        request = self.answered.get(key) or self.open.get(key)
-        if request is None:
-            request = self.open[key] = VllmRequest(key=key, ts=_time(line.text, found.start()))
-        add_message(request, found, memoryview(line.text)[found.end() :], self.cut)
-        if request.is_complete:
-            del (self.open if key in self.open else self.answered)[key]
-            return self._finish(request)
-        if request.output is not None and key in self.open:
-            self.answered[key] = self.open.pop(key)
+        verb, request_id, stream, detail = found.groups()
+        if stream == b"delta":
+            return []
+        key = _join_key(request_id)
+        request = self.open.get(key)
+        holder = self.open
+        if request is None and (request := self.answered.get(key)) is not None:
+            holder = self.answered
+        elif request is None:
+            request = VllmRequest(key=key, ts=_time(line.text, found.start()))
+            self.open[key] = request
+        text = memoryview(line.text)[found.end() :]
+        kind = detail if verb == b"Request" else verb
+        add_message(request, kind, text, self.cut)
+        if request.output is not None:
+            if request.is_complete:
+                del holder[key]
+                return self._finish(request)
+            if holder is self.open:
+                self.answered[key] = self.open.pop(key)
         if len(self.answered) > MAX_ANSWERED:
             return self._finish(self.answered.popitem(last=False)[1])
         if len(self.open) > MAX_OPEN:

@@ -33,7 +33,7 @@ PROMPT = "prompt: "
 NO_PROMPT = "prompt: None, "
 OUTPUT = "output: "
 PARAMS = re.compile(r"params: (?=\w+\()")
-PARAMS_ENDS = ("), prompt_token_ids: ", "), lora_request: ")
+PARAMS_END = re.compile(r"\), (?:prompt_token_ids|lora_request): ")
 SETTING = re.compile(r"\b(\w+)=(-?\d[\d.e+-]*)[,)]")
 SETTINGS = frozenset(SAMPLING_ALIASES)
 STOP = re.compile(rf"\bstop=(\[{LITERAL}(?:, {LITERAL})*\])")
@@ -123,22 +123,20 @@ class VllmRequest:
         )
 
 
-def add_message(
-    request: VllmRequest, found: re.Match[bytes], text: memoryview, cut: LogCut
-) -> None:
+def add_message(request: VllmRequest, kind: bytes, text: memoryview, cut: LogCut) -> None:
     """Add what one line tells; a line that cannot be read makes the request unusable.
 
     Args:
         request: The request that the line names.
-        found: The beginning of the message: groups `verb`, `stream` and `detail`.
+        kind: `Generated response`, ` JSON body`, or anything else for prompt and parameters.
         text: The rest of the message.
         cut: Learns from the lengths.
     """
     try:
         message = str(text, "utf-8")
-        if found["verb"] == b"Generated response":
+        if kind == b"Generated response":
             _add_response(request, message, cut)
-        elif found["detail"] == b" JSON body":
+        elif kind == b" JSON body":
             _add_body(request, message, cut)
         else:
             _add_prompt(request, message, cut)
@@ -265,8 +263,8 @@ def _add_prompt(request: VllmRequest, message: str, cut: LogCut) -> None:
         start = max(0, message.rfind(PROMPT_IDS))
     params = PARAMS.match(message, start)
     if params:
-        ends = [message.find(end, start) for end in PARAMS_ENDS]
-        start = min((end for end in ends if end >= 0), default=len(message) - 1) + 1
+        found = PARAMS_END.search(message, start)
+        start = found.start() + 1 if found else len(message)
         request.params = message[params.end() : start]
         lora = LORA_NAME.search(message, start)
         request.adapter = read_literal(lora[1]) if lora else None

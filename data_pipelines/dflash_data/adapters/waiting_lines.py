@@ -15,6 +15,7 @@ from dflash_data.logs.compression import BYTE_ORDER_MARK, open_raw, zstd
 AMBIGUOUS = -1
 """Stands for the lines of an id that came more than once."""
 OFFSET_BITS = 48
+OFFSET_MASK = (1 << OFFSET_BITS) - 1
 """A place is one number: that of the file, then the offset in these bits."""
 
 
@@ -50,12 +51,14 @@ class WaitingLines:
         self._waiting[key] = self._keep(line)
         return True
 
-    def take(self, line_id: str) -> Line | None:
-        """Give the line of an id and forget it; None if none or more than one waits."""
+    def take(self, line_id: str) -> bytes | None:
+        """Give the text of an id's line and forget it; None if none or more than one waits."""
         key = hash(line_id)
-        if self._waiting.get(key, AMBIGUOUS) == AMBIGUOUS:
+        kept = self._waiting.get(key, AMBIGUOUS)
+        if kept == AMBIGUOUS:
             return None
-        return self._read(self._waiting.pop(key))
+        del self._waiting[key]
+        return self._unpack(kept)[2] if isinstance(kept, bytes) else self._read_at(kept)
 
     def drain(self) -> Iterator[Line | None]:
         """Yield the lines that were never taken, in order; None for an id that several had."""
@@ -73,16 +76,22 @@ class WaitingLines:
 
     def _read(self, kept: int | bytes) -> Line:
         if isinstance(kept, bytes):
-            place, _, text = zstd.decompress(kept).partition(b"\n")
+            place, _, text = self._unpack(kept)
             return Line(place.decode(), text)
-        number, offset = kept >> OFFSET_BITS, kept & ((1 << OFFSET_BITS) - 1)
-        stream = self._stream(number)
-        stream.seek(offset)
-        text = stream.readline().strip().removeprefix(BYTE_ORDER_MARK)
-        return Line(f"{self._names[number]}:{offset}", text)
+        name = self._names[kept >> OFFSET_BITS]
+        return Line(f"{name}:{kept & OFFSET_MASK}", self._read_at(kept))
+
+    def _read_at(self, place: int) -> bytes:
+        number = place >> OFFSET_BITS
+        stream = self._streams.get(number) or self._stream(number)
+        stream.seek(place & OFFSET_MASK)
+        return stream.readline().strip().removeprefix(BYTE_ORDER_MARK)
+
+    @staticmethod
+    def _unpack(kept: bytes) -> tuple[bytes, bytes, bytes]:
+        return zstd.decompress(kept).partition(b"\n")
 
     def _stream(self, number: int) -> BinaryIO:
-        if number not in self._streams:
-            address = list(self._addresses)[number]
-            self._streams[number] = self._open.enter_context(open_raw(address))
-        return self._streams[number]
+        address = list(self._addresses)[number]
+        stream = self._streams[number] = self._open.enter_context(open_raw(address))
+        return stream
