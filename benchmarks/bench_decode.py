@@ -4,17 +4,19 @@
 
 Every contender decodes the same prompts greedily in float32, one prompt after the other and all in
 turn on each prompt, so a noisy machine hits them alike. Seconds are wall clock of whole requests,
-prefill included, after a warm-up that also compiles. The last line is one line of JSON:
+prefill included, after a warm-up that also compiles. `ours` verifies every drafted token, in fast
+mode; `what pays` chooses in every step between drafter, prompt lookup and the target alone by this
+machine's cost table. The last line is one line of JSON:
 
-- `official_ratio`: tokens per second of our fast mode over those of `dflash_generate` 0.1.0.
-- `wall_clock_ratio`: our fast mode over the fastest setting of `generate` without a drafter; all
-  settings tried stand in the line.
-- `lookup_ratio`: our fast mode over prompt lookup on the same fast verify pass.
-- `batch8_ratio`: tokens per second of eight requests at once over one at a time, both fast.
+- `official_ratio`: tokens per second of `ours` over those of `dflash_generate` 0.1.0.
+- `wall_clock_ratio`: `ours` over the fastest setting of `generate` without a drafter; all settings
+  tried stand in the line. `what_pays_ratio`: the same of `what pays`.
+- `lookup_ratio`: `ours` over prompt lookup on the same fast verify pass; `what_pays_lookup_ratio`.
+- `batch8_ratio`: tokens per second of eight requests at once over one at a time, both `what pays`.
 - `verify8_over_1`: seconds of a verify pass 8 tokens wide over one of width 1.
 
-Near-ties: greedy outputs of the contenders are compared with plain decoding in eager float32, and
-the gap of the target's two best logits is given where they part.
+Near-ties: outputs are compared with those of the official package, eager float32, and the gap of
+the target's two best logits is given where they part.
 """
 
 import argparse
@@ -22,159 +24,52 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import orjson
 import torch
 from tqdm import tqdm
-from transformers import CompileConfig
 
 from benchmarks.bench_measure import describe_machine
-from dflash_inference.autoregressive import AutoregressiveDecoder
+from benchmarks.decode_contenders import Contender, gather
 from dflash_inference.block_length import FirstDrafts
 from dflash_inference.cache import KeyValueCache
 from dflash_inference.decoder import SpeculativeDecoder
-from dflash_inference.lookup_drafts import lookup_decoder
 from dflash_inference.request import RequestState
 from dflash_inference.sampling import SamplingParams
 from dflash_inference.span_attention import Span
 from dflash_inference.trace import num_matching_tokens
-from dflash_train.config import compose
-from dflash_train.drafter.checkpoint import load_checkpoint
-from dflash_train.features.target import Target, load_target
+from dflash_train.features.target import Target
 from dflash_train.features.target_folder import dflash_home
 
-LOOKUP, OFFICIAL = "prompt lookup, fast", "dflash 0.1.0"
 PROBED_WIDTHS = (1, 2, 4, 8, 16)
 PROBED_CONTEXT = 200
 PROBES = 21
 
-Decode = Callable[[list[int]], list[int]]
-"""Gives the output of a prompt."""
 
-GENERATE_SETTINGS: dict[str, dict[str, Any]] = {
-    "generate, eager": {"attention": "eager"},
-    "generate, sdpa": {"attention": "sdpa"},
-    "generate, static cache": {"attention": "sdpa", "cache_implementation": "static"},
-    "generate, static cache, compiled": {
-        "attention": "sdpa",
-        "cache_implementation": "static",
-        "compile": {},
-    },
-    "generate, static cache, compiled, frozen": {
-        "attention": "sdpa",
-        "cache_implementation": "static",
-        "compile": {"freezing": True},
-    },
-}
-"""Plain settings of Transformers that are tried; the fastest is the one to beat."""
-
-
-@dataclass(kw_only=True)
-class Contender:
-    """One way of decoding, and what it took so far."""
-
-    name: str
-    decode: Decode
-    seconds: float = 0.0
-    outputs: list[list[int]] = field(default_factory=list)
-
-    def take(self, prompt: list[int]) -> None:
-        """Decode a prompt and count its time."""
-        began = time.perf_counter()
-        output = self.decode(prompt)
-        self.seconds += time.perf_counter() - began
-        self.outputs.append(output)
-
-    @property
-    def tokens_per_s(self) -> float:
-        """Output tokens per second of wall clock."""
-        return sum(map(len, self.outputs)) / self.seconds
-
-
-def generate_decode(target: Target, setting: dict[str, Any], budget: int) -> Decode:
-    """Give Transformers' own greedy decoding in one setting."""
-    options: dict[str, Any] = {}
-    if "cache_implementation" in setting:
-        options["cache_implementation"] = setting["cache_implementation"]
-    if "compile" in setting:
-        compiled = CompileConfig(
-            mode="default", fullgraph=False, options=setting["compile"] or None
-        )
-        if compiled.options:
-            compiled.mode = None  # pyright: ignore[reportAttributeAccessIssue] torch takes one of both
-        compiled._compile_all_devices = True  # pyright: ignore[reportAttributeAccessIssue] or GPUs only
-        options["compile_config"] = compiled
-    else:
-        options["disable_compile"] = True
-
-    def decode(prompt: list[int]) -> list[int]:
-        target.model.set_attn_implementation(setting["attention"])
-        ids = torch.tensor([prompt])
-        output = target.model.generate(  # pyright: ignore[reportCallIssue] its stubs name a tensor
-            ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=False,
-            max_new_tokens=budget,
-            eos_token_id=sorted(target.stop_token_ids),
-            pad_token_id=0,
-            **options,
-        )
-        return output[0, len(prompt) :].tolist()
-
-    return decode
-
-
-def official_decode(folder: Path, target: Target, budget: int) -> Decode:
-    """Give the loop of the PyPI package `dflash`."""
-    from dflash import model as official  # pyright: ignore[reportMissingImports]
-
-    from tests.end_to_end.official_package import load_official
-
-    official._cuda_time = time.perf_counter  # it asks CUDA to synchronise, even on a CPU
-    drafter = load_official(folder)
-
-    def decode(prompt: list[int]) -> list[int]:
-        result = official.dflash_generate(
-            drafter,
-            target.model,
-            torch.tensor([prompt]),
-            max_new_tokens=budget,
-            stop_token_ids=sorted(target.stop_token_ids),
-            return_stats=True,
-        )
-        return result.output_ids[0, len(prompt) :].tolist()
-
-    return decode
-
-
-def fastest(contenders: list[Contender], prompt: list[int]) -> Contender:
-    """Warm every contender up, try each once on a prompt, and give the fastest."""
-    for contender in tqdm(contenders, desc="try settings", unit="setting", file=sys.stderr):
-        contender.decode(prompt)
-        contender.take(prompt)
-    return max(contenders, key=lambda each: each.tokens_per_s)
-
-
-def batch_seconds(
-    decoder: SpeculativeDecoder, prompts: list[list[int]], budget: int, *, at_once: int
-) -> tuple[float, list[RequestState]]:
-    """Decode all prompts, so many in flight at any time; give the wall clock and the requests."""
-    params = SamplingParams(max_new_tokens=budget)
-    waiting = [RequestState.of(prompt, params) for prompt in prompts]
-    finished: list[RequestState] = []
-    running: list[RequestState] = []
+def at_once(
+    decoder: SpeculativeDecoder, prompts: list[list[int]], budget: int, *, number: int
+) -> tuple[Contender, list[RequestState]]:
+    """Decode all prompts, so many in flight at any time; give the time and the requests."""
+    requests = [
+        RequestState.of(prompt, SamplingParams(max_new_tokens=budget)) for prompt in prompts
+    ]
+    waiting, running = list(requests), []
     began = time.perf_counter()
-    while waiting or running:
-        while waiting and len(running) < at_once:
-            running.append(waiting.pop(0))
-        decoder.step(running)
-        finished += [each for each in running if each.finish_reason]
-        running = [each for each in running if not each.finish_reason]
-    return time.perf_counter() - began, finished
+    with tqdm(total=len(prompts), desc=f"{number} at once", unit="prompt", file=sys.stderr) as bar:
+        while waiting or running:
+            while waiting and len(running) < number:
+                running.append(waiting.pop(0))
+            decoder.step(running)
+            left = [each for each in running if not each.finish_reason]
+            bar.update(len(running) - len(left))
+            running = left
+    seconds = time.perf_counter() - began
+    outputs = [each.output_ids for each in requests]
+    name = f"{'ours' if isinstance(decoder.policy, FirstDrafts) else 'what pays'}, {number} at once"
+    timed = Contender(name=name, decode=lambda ids: [], seconds=seconds, outputs=outputs)
+    return timed, requests
 
 
 def verify_ms(decoder: SpeculativeDecoder) -> dict[int, float]:
@@ -192,24 +87,29 @@ def verify_ms(decoder: SpeculativeDecoder) -> dict[int, float]:
     return {width: 1e3 * statistics.median(each) for width, each in seconds.items()}
 
 
+@torch.inference_mode()
 def near_ties(
-    contenders: list[Contender],
-    prompts: list[list[int]],
-    oracle: AutoregressiveDecoder,
-    budget: int,
+    contenders: list[Contender], reference: Contender, *, prompts: list[list[int]], target: Target
 ) -> list[dict[str, Any]]:
-    """List where an output leaves plain decoding, with the target's logit gap there."""
+    """List where an output leaves the reference's, with the gap of the target's two best logits."""
     found = []
-    for index, prompt in enumerate(tqdm(prompts, desc="oracle", unit="prompt", file=sys.stderr)):
-        plain = oracle.generate(prompt, max_new_tokens=budget)
-        for contender in contenders:
-            output = contender.outputs[index]
-            if output != plain.output_ids:
-                place = num_matching_tokens(output, plain.output_ids)
-                gap = plain.top_two[place].gap if place < len(plain.top_two) else None
-                found.append(
-                    {"prompt": index, "who": contender.name, "place": place, "logit_gap": gap}
-                )
+    for contender in contenders:
+        for index, (ours, theirs) in enumerate(
+            zip(contender.outputs, reference.outputs, strict=True)
+        ):
+            if ours == theirs:
+                continue
+            place = num_matching_tokens(ours, theirs)
+            ids = torch.tensor([[*prompts[index], *ours[:place]]], device=target.device)
+            best, second = target.model(ids, logits_to_keep=1).logits[0, -1].topk(2).values.tolist()
+            found.append(
+                {
+                    "prompt": index,
+                    "who": contender.name,
+                    "place": place,
+                    "logit_gap": round(best - second, 6),
+                }
+            )
     return found
 
 
@@ -228,83 +128,62 @@ def read_prompts(path: Path, number: int) -> list[list[int]]:
 
 
 def bench(parsed: argparse.Namespace) -> dict[str, Any]:
-    """Measure everything and print tables on the way."""
+    """Measure everything."""
     load_before = os.getloadavg()[0]
     torch.set_num_threads(parsed.threads)
-    drafter = load_checkpoint(parsed.checkpoint)
-    config = compose(["recipe=gsm8k"]).target
-    target = load_target(config, drafter.config.target_layer_ids)
     prompts, budget = read_prompts(parsed.prompts, parsed.num_prompts), parsed.max_new_tokens
-    decoder = SpeculativeDecoder(target, drafter, fast=True)
-    plain = SpeculativeDecoder(target, drafter, fast=True, policy=FirstDrafts(0))
-
-    lookup = lookup_decoder(target, num_drafts=drafter.config.num_drafts, fast=True)
-
-    def ours(which: SpeculativeDecoder) -> Decode:
-        return lambda prompt: which.generate(prompt, max_new_tokens=budget).output_ids
-
-    tried = [
-        Contender(name=name, decode=generate_decode(target, setting, budget))
-        for name, setting in GENERATE_SETTINGS.items()
-    ]
-    best = fastest(tried, prompts[0])
-    own = Contender(name="ours, fast", decode=ours(decoder))
-    contenders = [
-        own,
-        Contender(name="ours, fast, no drafts", decode=ours(plain)),
-        Contender(name=best.name, decode=best.decode),
-        Contender(name=LOOKUP, decode=ours(lookup)),
-        Contender(name=OFFICIAL, decode=official_decode(parsed.checkpoint, target, budget)),
-    ]
-    for contender in contenders:
+    field = gather(parsed, prompts[0])
+    for contender in field.in_turns:
         contender.decode(prompts[0])
     for prompt in tqdm(prompts, desc="in turns", unit="prompt", file=sys.stderr):
-        for contender in contenders:
+        for contender in field.in_turns:
             contender.take(prompt)
-    by_name = {each.name: each for each in contenders}
-    eight_s, eight = batch_seconds(decoder, prompts, budget, at_once=8)
-    one_s, one = batch_seconds(decoder, prompts, budget, at_once=1)
-    at_once = Contender(name="ours, fast, 8 at once", decode=own.decode, seconds=eight_s)
-    order = {id_: index for index, id_ in enumerate(map(tuple, prompts))}
-    eight.sort(key=lambda each: order[tuple(each.token_ids[: each.prompt_length])])
-    at_once.outputs = [each.output_ids for each in eight]
-    steps = [step for each in one for step in each.steps]
-    widths = verify_ms(decoder)
-    target.model.set_attn_implementation("sdpa")
-    ties = near_ties([own, at_once], prompts, AutoregressiveDecoder(target), budget)
+    eight, _ = at_once(field.paying_decoder, prompts, budget, number=8)
+    one, _ = at_once(field.paying_decoder, prompts, budget, number=1)
+    alone, requests = at_once(field.decoder, prompts, budget, number=1)
+    widths = verify_ms(field.decoder)
+    field.target.model.set_attn_implementation("sdpa")
+    checked = [field.own, field.paying, eight, field.plain, field.lookup]
+    own = field.own
     return {
         "bench": "decode",
         **describe_machine(parsed.threads),
         "load_before": round(load_before, 2),
         "prompts": len(prompts),
-        "acceptance_length": round(sum(s.acceptance_length for s in steps) / len(steps), 3),
-        "tokens_per_s": {each.name: round(each.tokens_per_s, 2) for each in contenders},
-        "settings_tried": {each.name: round(each.tokens_per_s, 2) for each in tried},
-        "step_ms": {
-            part: round(1e3 * statistics.mean(seconds), 2)
-            for part, seconds in {
-                "draft": [s.draft_s for s in steps],
-                "verify": [s.verify_s for s in steps],
-                "bookkeeping": [s.bookkeeping_s for s in steps],
-            }.items()
+        "tokens_per_s": {
+            each.name: round(each.tokens_per_s, 2) for each in [*field.in_turns, eight, one, alone]
         },
-        "prefill_ms": round(1e3 * statistics.mean(each.prefill_s for each in one), 2),
+        "settings_tried": {each.name: round(each.tokens_per_s, 2) for each in field.settings},
+        **where_time_goes(requests),
         "verify_ms": {str(width): round(ms, 2) for width, ms in widths.items()},
-        "near_ties": ties,
-        "official_ratio": _ratio(own, by_name[OFFICIAL]),
-        "wall_clock_ratio": _ratio(own, by_name[best.name]),
-        "lookup_ratio": _ratio(own, by_name[LOOKUP]),
-        "batch8_ratio": round(at_once.tokens_per_s / (_num_tokens(one) / one_s), 3),
+        "near_ties": near_ties(checked, field.official, prompts=prompts, target=field.target),
+        "official_ratio": _ratio(own, field.official),
+        "wall_clock_ratio": _ratio(own, field.generate),
+        "what_pays_ratio": _ratio(field.paying, field.generate),
+        "lookup_ratio": _ratio(own, field.lookup),
+        "what_pays_lookup_ratio": _ratio(field.paying, field.lookup),
+        "batch8_ratio": _ratio(eight, one),
         "verify8_over_1": round(widths[8] / widths[1], 3),
+    }
+
+
+def where_time_goes(requests: list[RequestState]) -> dict[str, Any]:
+    """Give acceptance length, mean milliseconds of a step's parts and of a prefill."""
+    steps = [step for each in requests for step in each.steps]
+    parts = {
+        "draft": [step.draft_s for step in steps],
+        "verify": [step.verify_s for step in steps],
+        "bookkeeping": [step.bookkeeping_s for step in steps],
+    }
+    return {
+        "acceptance_length": round(statistics.mean(step.acceptance_length for step in steps), 3),
+        "step_ms": {part: round(1e3 * statistics.mean(each), 2) for part, each in parts.items()},
+        "prefill_ms": round(1e3 * statistics.mean(each.prefill_s for each in requests), 2),
     }
 
 
 def _ratio(ours: Contender, other: Contender) -> float:
     return round(ours.tokens_per_s / other.tokens_per_s, 3)
-
-
-def _num_tokens(requests: list[RequestState]) -> int:
-    return sum(len(each.output_ids) for each in requests)
 
 
 def main() -> int:

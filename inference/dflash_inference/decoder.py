@@ -46,6 +46,7 @@ class SpeculativeDecoder:
         drafter: Drafter | None,
         *,
         fast: bool = False,
+        target_pass: TargetPass | None = None,
         samples_drafts: bool | None = None,
         policy: DraftPolicy | None = None,
         observe: Callable[[RequestState], None] = RequestState.check_invariants,
@@ -57,20 +58,22 @@ class SpeculativeDecoder:
             drafter: Who proposes them; None leaves it to the policy (prompt lookup).
             fast: Pack weights and compile layers for a few tokens at a time on a CPU; sums round
                 differently, so near-ties may turn.
+            target_pass: Another decoder's pass over this target, so that weights are packed once;
+                it decides about `fast` then.
             samples_drafts: Whether sampled requests draw their drafts from the drafter's
                 distribution. None: DFlash 2 and DSpark do, plain DFlash proposes the likeliest.
             policy: Who drafts, and how many drafts are verified; None: the drafter, and all.
             observe: Sees the state after prefill and every step.
         """
         self.target = target
-        self.target_pass = TargetPass(target, fast=fast)
+        self.target_pass = target_pass or TargetPass(target, fast=fast)
         self.block_drafter: BlockDrafter | None = None
         self.block_size = 1
         if drafter is not None:
             head = drafter.output_head(target.head)
-            self.block_drafter = BlockDrafter(
-                *(fast_drafter(drafter, head) if fast else (drafter, head)), samples=samples_drafts
-            )
+            if self.target_pass.is_fast:
+                drafter, head = fast_drafter(drafter, head)
+            self.block_drafter = BlockDrafter(drafter, head, samples=samples_drafts)
             self.block_size = drafter.config.block_size
         self.policy = policy or FirstDrafts()
         self.observe = observe

@@ -16,6 +16,7 @@ from dflash_inference.decoder import SpeculativeDecoder
 from dflash_inference.drafting import Draft, no_draft
 from dflash_inference.prompt_lookup import Copy, find_copy
 from dflash_inference.request import RequestState
+from dflash_inference.target_pass import TargetPass
 from dflash_train.config import require
 from dflash_train.features.target import Target
 
@@ -48,18 +49,22 @@ class LookupDrafts:
         return len(draft.ids)
 
 
-def lookup_decoder(target: Target, *, num_drafts: int, fast: bool = False) -> SpeculativeDecoder:
+def lookup_decoder(
+    target: Target, *, num_drafts: int, fast: bool = False, target_pass: TargetPass | None = None
+) -> SpeculativeDecoder:
     """Build a decoder without a drafter that copies at every step.
 
     Args:
         target: Who decides every token.
         num_drafts: Most tokens copied; beside a drafter, as many as it drafts.
         fast: As for `SpeculativeDecoder`.
+        target_pass: As there.
 
     Raises:
         ValueError: Nothing may be copied.
     """
     require(num_drafts >= 1, f"num_drafts (={num_drafts}) must be at least 1 copied token.")
-    decoder = SpeculativeDecoder(target, None, fast=fast, policy=LookupDrafts(num_drafts))
+    policy = LookupDrafts(num_drafts)
+    decoder = SpeculativeDecoder(target, None, fast=fast, target_pass=target_pass, policy=policy)
     decoder.block_size = num_drafts + 1
     return decoder

@@ -124,16 +124,15 @@ class SpanAttention:
         return torch.cat(outputs, dim=1)
 
     def _mask(self, span: Span, window: int | None, q: Tensor) -> Tensor | None:
-        """Give a span's mask as the model's attention wants it, `[1, 1, Q, S]`; None is causal."""
+        """Give what a span's mask adds to the scores, `[1, 1, Q, S]`; None is causal."""
         mask = span.mask(window, q.device)
         if self._is_eager and mask is None and span.width > 1:
             mask = torch.ones(span.width, span.width, dtype=torch.bool, device=q.device).tril()
         if mask is None:
             return None
-        if self._is_eager:  # adds its mask to the scores
-            nothing = torch.zeros(mask.shape, dtype=q.dtype, device=q.device)
-            mask = nothing.masked_fill(~mask, torch.finfo(q.dtype).min)
-        return mask[None, None]
+        # Numbers, because a kernel that is given booleans makes numbers of them in every layer.
+        nothing = torch.zeros(mask.shape, dtype=q.dtype, device=q.device)
+        return nothing.masked_fill(~mask, torch.finfo(q.dtype).min)[None, None]
 
     def __post_init__(self) -> None:
         """Note what the model was loaded with."""

@@ -24,6 +24,8 @@ RFC_3339_MARKS = "--T::Z"
 """Every third character of `2026-10-14T08:40:00Z` from the first dash on."""
 EPOCH = datetime(1970, 1, 1)
 """Without a zone, since a text without one is written in half the time."""
+LAST_SECOND = 10**11
+"""Larger numbers are finer than seconds; until the year 5138."""
 NANOSECOND_DIGITS = 19
 """Digits of nanoseconds since 1970, from 2001 to 2286."""
 MAX_DIGITS = 18
@@ -172,6 +174,8 @@ def utc_timestamp(value: Any) -> str | None:
     Numbers are seconds since 1970, or milli-, micro- or nanoseconds if they are that large. A
     text without a zone is taken as UTC.
     """
+    if type(value) is int and 0 <= value <= LAST_SECOND:
+        return _at(value) + "Z"
     if isinstance(value, str):
         if value[4:5] == "-":
             return _rfc3339(value)
@@ -183,7 +187,7 @@ def utc_timestamp(value: Any) -> str | None:
             return _rfc3339(value)
     if type(value) not in (int, float) or not math.isfinite(value):
         return None
-    if value > 1e11:
+    if value > LAST_SECOND:
         value /= 1e3 if value < 1e14 else 1e6 if value < 1e17 else 1e9
     try:
         if value == (seconds := int(value)):

@@ -76,8 +76,8 @@ def read_messages(value: Any) -> list[Turn]:
         raise UnusableError(DropReason.unparsable)
     turns: list[Turn] = []
     for message in value:
-        if type(message) is dict and len(message) == 2:
-            role, content = message.get("role"), message.get("content")
+        if type(message) is dict and len(message) == 2 and "content" in message:
+            content, role = message["content"], message.get("role")
             if type(content) is str and type(role) is str and role in PLAIN_ROLES:
                 turns.append(Turn(role=role, content=content))
                 continue

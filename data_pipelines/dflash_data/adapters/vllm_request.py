@@ -204,11 +204,11 @@ def read_answer(text: str) -> Turn | None:
 
     vLLM writes tool calls as `[tool_calls: name(arguments), ...]`.
     """
-    if UNKNOWN_OUTPUT.fullmatch(text):
-        return None
     if not text:
         raise UnusableError(DropReason.empty_output)
-    if text.startswith(TOOL_CALLS) and text.endswith("]"):
+    if text[0] == "<" and UNKNOWN_OUTPUT.fullmatch(text):
+        return None
+    if text[0] == "[" and text.startswith(TOOL_CALLS) and text.endswith("]"):
         return Turn(role="assistant", tool_calls=_tool_calls(text[len(TOOL_CALLS) : -1]))
     return Turn(role="assistant", content=text)
 
