@@ -59,6 +59,9 @@ class EvaluateConfig:
     """Prompts of each evaluation set decoded live."""
     live_max_new_tokens: int = 48
     """Budget of a live answer, in tokens."""
+    fast: bool = True
+    """Decode live as `serve.fast` does, so that speeds are those that a user gets; without a C++
+    compiler, exactly. A near-tie may turn and is listed. False shows exactness: eager mode."""
     resamples: int = 10_000
     """Bootstrap resamples."""
     seed: int = 0
@@ -151,7 +154,13 @@ class RecipeConfig:
     seed: int = 0
     """Seed of initialisation, anchors and row order."""
     checkpoint: str | None = None
-    """Drafter folder for evaluate, generate and serve; None takes the best one of this run."""
+    """Drafter for every verb that reads one, a folder or a Hub id; None takes the best one of this
+    run."""
+    checkpoint_revision: str | None = None
+    """Branch, tag or commit of a Hub `checkpoint`; None takes the default branch."""
+    init: str | None = None
+    """Drafter (folder or OWNER/NAME of the Hub) whose weights training starts from, in place of
+    `drafter.init`; optimiser and steps are new. None starts afresh."""
     target: TargetConfig = field(default_factory=TargetConfig)
     drafter: DrafterSettings = field(default_factory=DrafterSettings)
     data: DataConfig = field(default_factory=DataConfig)

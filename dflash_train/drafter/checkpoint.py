@@ -1,10 +1,13 @@
 """The deployable drafter on disk: `config.json` and one `model.safetensors`, z-lab's layout.
 
+Our own `dflash_train.json` lies beside them; servers do not read it.
+
 It is what `dflash` 0.1.0, vLLM and SGLang load: keys that servers read in two places are written
 in both, and everything that other readers would have to guess is explicit. DFlash 2's keys stand in
 `dflash_config`, as z-lab and vLLM read them; DSpark's stand at the top, as vLLM reads them.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +15,12 @@ import orjson
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from dflash_train.config import require
 from dflash_train.drafter.config import FULL, SLIDING, DrafterConfig
+from dflash_train.drafter.golden import golden_forward
+from dflash_train.drafter.metadata import CheckpointMetadata, write_metadata
 from dflash_train.drafter.model import Drafter
 from dflash_train.records.manifest import atomic_path
 
@@ -35,20 +41,52 @@ _NESTED_DFLASH2 = ("conv_kernel_size", "conv_group_size", "selector_rank", "sele
 _MARKOV_TYPES = {False: "vanilla", True: "gated"}
 
 
-def save_checkpoint(drafter: Drafter, folder: Path) -> None:
-    """Write the drafter as a folder, atomically: a reader sees the old one or the new one."""
-    tensors = {
-        name: tensor.detach().cpu().contiguous() for name, tensor in drafter.state_dict().items()
-    }
+def save_checkpoint(
+    drafter: Drafter, folder: Path, *, metadata: CheckpointMetadata | None = None
+) -> None:
+    """Write the drafter as a folder, atomically: a reader sees the old one or the new one.
+
+    Args:
+        drafter: What to save.
+        folder: Replaced where it exists.
+        metadata: What is known about the drafter; its golden forward is computed here.
+    """
     dtype = str(drafter.fc.weight.dtype).removeprefix("torch.")
+    write_folder(
+        folder,
+        content=describe_config(drafter.config, dtype),
+        tensors=drafter.state_dict(),
+        metadata=with_golden(drafter, metadata),
+    )
+
+
+def with_golden(drafter: Drafter, metadata: CheckpointMetadata | None) -> CheckpointMetadata:
+    """Give the metadata of a drafter that is about to be written."""
+    return replace(metadata or CheckpointMetadata(), golden=golden_forward(drafter))
+
+
+def write_folder(
+    folder: Path,
+    *,
+    content: dict[str, Any],
+    tensors: dict[str, Tensor],
+    metadata: CheckpointMetadata,
+) -> None:
+    """Write the three files of a checkpoint, in any dialect, atomically.
+
+    Args:
+        folder: Replaced where it exists.
+        content: Of `config.json`.
+        tensors: By name, on any device.
+        metadata: Of `dflash_train.json`.
+    """
+    config = orjson.dumps(content, option=orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS)
+    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with atomic_path(folder) as partial:
         partial.mkdir()
-        config = orjson.dumps(
-            describe_config(drafter.config, dtype),
-            option=orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS,
-        )
         (partial / CONFIG_NAME).write_bytes(config + b"\n")
-        save_file(tensors, partial / WEIGHTS_NAME, metadata={"format": "pt"})
+        save_file(stored, partial / WEIGHTS_NAME, metadata={"format": "pt"})
+        write_metadata(partial, metadata)
 
 
 def load_checkpoint(folder: Path, *, dtype: torch.dtype = torch.float32) -> Drafter:
@@ -57,13 +95,36 @@ def load_checkpoint(folder: Path, *, dtype: torch.dtype = torch.float32) -> Draf
     Raises:
         ValueError: The folder is not a DFlash drafter, or its tensors do not fit its config.
     """
-    drafter = Drafter(read_config(folder)).to(dtype)
+    return build_drafter(read_config(folder), read_tensors(folder), folder).to(dtype)
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """Read every tensor of `model.safetensors`, in the number format it is stored in.
+
+    Raises:
+        ValueError: The file is missing or damaged.
+    """
     try:
-        tensors = load_file(folder / WEIGHTS_NAME)
+        return load_file(folder / WEIGHTS_NAME)
     except (OSError, SafetensorError) as error:
         raise ValueError(
             f"checkpoint (={folder}): {WEIGHTS_NAME} cannot be read: {error}. Export it again."
         ) from error
+
+
+def build_drafter(config: DrafterConfig, tensors: dict[str, Tensor], folder: Path) -> Drafter:
+    """Build a drafter that holds these tensors as they are, after checking names and shapes.
+
+    Args:
+        config: Its shape.
+        tensors: By parameter name.
+        folder: Where they come from, for messages.
+
+    Raises:
+        ValueError: A tensor is missing, unknown or of another shape.
+    """
+    with torch.random.fork_rng(devices=[]):  # reading draws no random numbers
+        drafter = Drafter(config)
     expected = {name: tuple(tensor.shape) for name, tensor in drafter.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     wrong = sorted(
@@ -75,7 +136,10 @@ def load_checkpoint(folder: Path, *, dtype: torch.dtype = torch.float32) -> Draf
         f"{CONFIG_NAME} says: "
         f"{', '.join(wrong[:5])}{' ...' if len(wrong) > 5 else ''}. Export it again.",
     )
-    drafter.load_state_dict(tensors)
+    # Assigned, not copied into, so that each keeps its number format; cloned, since the rows of a
+    # mapped file lie at odd addresses, where products may round in another way.
+    own = {name: tensor.clone() for name, tensor in tensors.items()}
+    drafter.load_state_dict(own, assign=True)
     if drafter.draft_token_ids is not None:
         drafter.set_draft_vocabulary(drafter.draft_token_ids)  # checks what the file holds
     return drafter.eval()
@@ -146,6 +210,24 @@ def read_config(folder: Path) -> DrafterConfig:
     )
     try:
         content = orjson.loads(path.read_bytes())
+    except orjson.JSONDecodeError as error:
+        raise ValueError(
+            f"checkpoint (={folder}): {CONFIG_NAME} is no JSON: {error}. Export it again."
+        ) from error
+    return parse_config(content, folder)
+
+
+def parse_config(content: dict[str, Any], folder: Path) -> DrafterConfig:
+    """Turn the content of `config.json`, as `describe_config` gives it, into a drafter's shape.
+
+    Args:
+        content: With every key that `describe_config` writes; others are left alone.
+        folder: Where it comes from, for messages.
+
+    Raises:
+        ValueError: Another architecture, or a key that this version cannot honour.
+    """
+    try:
         nested = content["dflash_config"]
         _check_known(content, folder)
         fields = {name: content[name] for name in _TOP_LEVEL} | {
@@ -156,7 +238,7 @@ def read_config(folder: Path) -> DrafterConfig:
             **_variant_fields(content),
             rope_parameters=content["rope_parameters"],
         )
-    except (orjson.JSONDecodeError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise ValueError(
             f"checkpoint (={folder}): {CONFIG_NAME} lacks or garbles {error}. Export it again."
         ) from error

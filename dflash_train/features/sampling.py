@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import (
     LogitsProcessor,
+    LogitsProcessorList,
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
@@ -68,11 +69,25 @@ def _processors(sampling: ServingSampling) -> list[LogitsProcessor]:
         processors.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
     if sampling.is_greedy:
         return processors
-    processors.append(TemperatureLogitsWarper(sampling.temperature))
-    if sampling.top_k:
-        processors.append(TopKLogitsWarper(sampling.top_k))
-    if sampling.top_p < 1:
-        processors.append(TopPLogitsWarper(sampling.top_p))
-    if sampling.min_p:
-        processors.append(MinPLogitsWarper(sampling.min_p))
-    return processors
+    return processors + warpers(
+        sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p, min_p=sampling.min_p
+    )
+
+
+def warpers(temperature: float, *, top_k: int, top_p: float, min_p: float) -> LogitsProcessorList:
+    """Give what bends the logits of a sampled row, in the order of Transformers' `generate`.
+
+    Args:
+        temperature: Above 0.
+        top_k: Likeliest tokens that may be drawn; 0 is all.
+        top_p: Probability that the likeliest tokens kept must reach together; 1 keeps all.
+        min_p: Least probability kept, as a share of the likeliest one's; 0 keeps all.
+    """
+    found = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
+    if top_k:
+        found.append(TopKLogitsWarper(top_k))
+    if top_p < 1:
+        found.append(TopPLogitsWarper(top_p))
+    if min_p:
+        found.append(MinPLogitsWarper(min_p))
+    return found

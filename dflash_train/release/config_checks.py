@@ -1,4 +1,4 @@
-"""The doctor's checks of files, layout, taps, mask token and shapes against the target.
+"""The doctor's checks of files, layout, taps, mask token and shapes.
 
 They read `config.json` as it stands, not through our loader: servers read the same keys, some of
 them in two places, and fill what is absent with defaults of their own.
@@ -8,6 +8,7 @@ import pickle
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from dflash_train.drafter.checkpoint import (
     CONFIG_NAME,
@@ -17,6 +18,7 @@ from dflash_train.drafter.checkpoint import (
     WEIGHTS_NAME,
     read_config,
 )
+from dflash_train.features.target import Target
 from dflash_train.records.chat_template import render_prompt
 from dflash_train.records.conversation import Turn
 from dflash_train.release.finding import Finding, Patient, broken, demand, ok, warning
@@ -35,11 +37,6 @@ def check_files(patient: Patient) -> Finding:
 def check_format(patient: Patient) -> Finding:
     """Check that the layout is z-lab's, and K the same in the two places that servers read."""
     content = patient.content
-    demand(
-        "speculators_model_type" not in content,
-        "This is the speculators layout, where layer ids mean something else.",
-        remedy="Give the z-lab layout, which this version reads.",
-    )
     found = content.get("architectures")
     demand(
         isinstance(found, list) and len(found) == 1 and found[0] in ARCHITECTURES,
@@ -74,14 +71,15 @@ def check_format(patient: Patient) -> Finding:
 
 
 def check_taps(patient: Patient) -> Finding:
-    """Check that the tap layers are layers of this target, distinct, and not the last one."""
-    num_layers = patient.target_config.num_hidden_layers
-    claimed = patient.value("num_target_layers", int)
-    demand(
-        claimed == num_layers,
-        f"num_target_layers (={claimed}) must be the target's {num_layers}.",
-        remedy="Give the target that this drafter was trained for.",
-    )
+    """Check that the tap layers are layers of the target, distinct, and not the last one."""
+    num_layers = patient.value("num_target_layers", int)
+    if patient.target is not None:
+        own = text_config(patient.target).num_hidden_layers
+        demand(
+            num_layers == own,
+            f"num_target_layers (={num_layers}) must be the target's {own}.",
+            remedy="Give the target that this drafter was trained for.",
+        )
     ids = patient.value("dflash_config.target_layer_ids", list)
     demand(
         len(ids) > 0 and all(isinstance(i, int) for i in ids) and len(set(ids)) == len(ids),
@@ -109,35 +107,40 @@ def check_mask_token(patient: Patient) -> Finding:
     """Check that the mask id has an embedding row and stands in no conversation."""
     target = patient.target
     mask_id = patient.value("dflash_config.mask_token_id", int)
-    num_rows = target.head.embedding_weight.shape[0]
+    if target is None:
+        num_rows = patient.value("vocab_size", int)
+    else:
+        num_rows = target.head.embedding_weight.shape[0]
     demand(
         0 <= mask_id < num_rows,
         f"dflash_config.mask_token_id (={mask_id}) must lie in 0..{num_rows - 1}, the target's "
         "embedding table.",
         remedy=REMADE,
     )
-    use = _use_in_conversations(patient, mask_id)
+    if target is None:
+        return ok(f"id {mask_id} lies inside the table of {num_rows}.")
+    use = _use_in_conversations(patient, target, mask_id)
     demand(
         use is None,
-        f"dflash_config.mask_token_id (={mask_id}, {_token(patient, mask_id)}) is {use}, and the "
+        f"dflash_config.mask_token_id (={mask_id}, {_token(target, mask_id)}) is {use}, and the "
         "drafter could not tell it from a masked slot.",
         remedy="Train with a token that the target never emits.",
     )
     if (patient.folder / MASK_EMBEDDING_NAME).is_file():
-        return _check_mask_embedding(patient, mask_id)
+        return _check_mask_embedding(patient, target, mask_id)
     if mask_id < len(target.tokenizer) and mask_id not in target.tokenizer.added_tokens_decoder:
         return warning(
-            f"id {mask_id}, {_token(patient, mask_id)}, is a token of ordinary text.",
+            f"id {mask_id}, {_token(target, mask_id)}, is a token of ordinary text.",
             remedy="Make sure that the target never emits it, or train with a special token.",
         )
-    return ok(f"id {mask_id}, {_token(patient, mask_id)}, stands in no conversation.")
+    return ok(f"id {mask_id}, {_token(target, mask_id)}, stands in no conversation.")
 
 
-def _use_in_conversations(patient: Patient, token_id: int) -> str | None:
-    """Say what an id is there for in conversations; None for nothing."""
-    tokenizer = patient.target.tokenizer
+def _use_in_conversations(patient: Patient, target: Target, token_id: int) -> str | None:
+    """Say what an id is there for in conversations, stored ones too; None for nothing."""
+    tokenizer = target.tokenizer
     turns = [Turn(role=role, content="Hello") for role in ("user", "assistant", "user")]
-    if token_id in patient.target.stop_token_ids:
+    if token_id in target.stop_token_ids:
         return "an end token"
     if token_id == tokenizer.bos_token_id:
         return "the start token"
@@ -145,12 +148,15 @@ def _use_in_conversations(patient: Patient, token_id: int) -> str | None:
         return "the padding token"
     if token_id in render_prompt(tokenizer, turns):
         return "a token of rendered conversations"
+    rows = [] if patient.answers is None else patient.answers.rows
+    if any(token_id in row.input_ids for row in rows):
+        return "a token of stored conversations"
     return None
 
 
-def _check_mask_embedding(patient: Patient, mask_id: int) -> Finding:
+def _check_mask_embedding(patient: Patient, target: Target, mask_id: int) -> Finding:
     """Check that a vector shipped for masked slots is the row that this toolkit feeds."""
-    row = patient.target.head.embedding_weight[mask_id].cpu()
+    row = target.head.embedding_weight[mask_id].cpu()
     remedy = "Ship the pair that training wrote, or remove the file."
     try:
         shipped = torch.load(
@@ -167,7 +173,7 @@ def _check_mask_embedding(patient: Patient, mask_id: int) -> Finding:
         remedy=remedy,
     )
     if torch.allclose(vector.float(), row.float(), atol=0.0, rtol=1e-2):
-        return ok(f"id {mask_id}, {_token(patient, mask_id)}; {MASK_EMBEDDING_NAME} is its row.")
+        return ok(f"id {mask_id}, {_token(target, mask_id)}; {MASK_EMBEDDING_NAME} is its row.")
     return warning(
         f"{MASK_EMBEDDING_NAME} differs from the target's row {mask_id}: servers that read the "
         "file feed another vector than this toolkit.",
@@ -175,20 +181,21 @@ def _check_mask_embedding(patient: Patient, mask_id: int) -> Finding:
     )
 
 
-def _token(patient: Patient, token_id: int) -> str:
-    return repr(patient.target.tokenizer.convert_ids_to_tokens(token_id))
+def _token(target: Target, token_id: int) -> str:
+    return repr(target.tokenizer.convert_ids_to_tokens(token_id))
 
 
 def check_shapes(patient: Patient) -> Finding:
     """Check that widths shared with the target agree, and that the drafter's own are written."""
-    rows, width = patient.target.head.embedding_weight.shape
-    for key, wanted in (("hidden_size", width), ("vocab_size", rows)):
-        found = patient.value(key, int)
-        demand(
-            found == wanted,
-            f"{key} (={found}) must be the target's {wanted}: embedding and head are shared.",
-            remedy="Give the target that this drafter was trained for.",
-        )
+    width, rows = patient.value("hidden_size", int), patient.value("vocab_size", int)
+    if patient.target is not None:
+        own_rows, own_width = patient.target.head.embedding_weight.shape
+        for key, found, own in (("hidden_size", width, own_width), ("vocab_size", rows, own_rows)):
+            demand(
+                found == own,
+                f"{key} (={found}) must be the target's {own}: embedding and head are shared.",
+                remedy="Give the target that this drafter was trained for.",
+            )
     demand(
         isinstance(patient.content.get("head_dim"), int),
         "head_dim is not written, and readers would take 128.",
@@ -201,14 +208,13 @@ def check_shapes(patient: Patient) -> Finding:
         f"num_attention_heads (={heads}) must be a multiple of num_key_value_heads (={kv_heads}).",
         remedy=REMADE,
     )
-    limit = patient.value("max_position_embeddings", int)
-    served = patient.target_config.max_position_embeddings
-    if limit < served:
-        return warning(
-            f"max_position_embeddings (={limit}) is below the target's {served}.",
-            remedy=f"Serve contexts of at most {limit} tokens.",
-        )
-    return ok(f"E {width} and V {rows} are the target's; {heads} heads, {kv_heads} for keys.")
+    whose = "" if patient.target is None else " are the target's"
+    return ok(f"E {width} and V {rows}{whose}; {heads} heads, {kv_heads} for keys.")
+
+
+def text_config(target: Target) -> PreTrainedConfig:
+    """Give the target's text configuration."""
+    return target.model.config.get_text_config()
 
 
 def check_reading(patient: Patient) -> Finding:

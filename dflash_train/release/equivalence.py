@@ -17,6 +17,7 @@ from dflash_train.drafter.checkpoint import load_checkpoint
 from dflash_train.drafter.model import Drafter, block_embeddings
 from dflash_train.features.frozen_head import FrozenHead
 from dflash_train.features.target import Target
+from dflash_train.release.evidence import with_taps
 from dflash_train.release.finding import Finding, Patient, demand, ok
 
 NUM_TOKENS = (96, 512)
@@ -48,8 +49,10 @@ class Equivalence:
 
 def check_equivalence(patient: Patient) -> Finding:
     """Check that the training forward equals the cached decode step on the target's features."""
-    drafter = load_checkpoint(patient.folder).to(patient.target.device)
-    found = measure_equivalence(drafter, patient.target)
+    target = patient.target
+    assert target is not None
+    drafter = load_checkpoint(patient.folder).to(target.device)  # its own: its dtype changes
+    found = measure_equivalence(drafter, target)
     text = (
         f"at anchors {found.anchors}, {str(found.dtype).removeprefix('torch.')}: hidden states "
         f"differ by {found.hidden_error:.0e}, logits by {found.logits_error:.0e}"
@@ -104,9 +107,7 @@ def measure_equivalence(drafter: Drafter, target: Target) -> Equivalence:
 
 def _features(target: Target, target_layer_ids: list[int], input_ids: Tensor) -> Tensor:
     """Give `[T, L*E]` of the drafter's taps, from one pass of the target."""
-    tapped = Target(
-        target.model, target.tokenizer, target_layer_ids, name=target.name, revision=target.revision
-    )
+    tapped = with_taps(target, target_layer_ids)
     return tapped.forward(input_ids[None], last_logits_only=True).features[0]
 
 

@@ -7,17 +7,30 @@ whose success it has nothing to say, so one fault gives one failed line and not 
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import orjson
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedConfig
 
-from dflash_train.drafter.checkpoint import CONFIG_NAME, WEIGHTS_NAME
+from dflash_train.config import RecipeConfig
+from dflash_train.drafter.checkpoint import CONFIG_NAME, WEIGHTS_NAME, load_checkpoint
+from dflash_train.drafter.metadata import CheckpointMetadata, read_metadata
+from dflash_train.drafter.model import Drafter
 from dflash_train.features.target import Target
+from dflash_train.release.evidence import DecodePrompts, StoredAnswers
+from dflash_train.release.formats import Format
+
+
+class Evidence(Enum):
+    """What may stand beside a checkpoint; the value is the remedy where it is missing."""
+
+    target = "no target is given: add target.name_or_path=NAME"
+    recipe = "no recipe is given: add recipe=NAME"
+    answers = "no run with stored features is given: add recipe=NAME of a run that has them"
+    decoder = "no decoder is at hand: use the command `dflash-train doctor`"
 
 
 class Status(Enum):
@@ -43,7 +56,12 @@ class Finding:
     def __str__(self) -> str:
         """Give the line that is printed."""
         text = f"{self.sentence} {self.remedy}".strip()
-        return f"{self.status.value:<8} {self.check:<12} {text}"
+        return f"{self.status.value:<8} {self.check:<13} {text}"
+
+
+def skipped(sentence: str) -> Finding:
+    """Give the finding of a check that has nothing to look at."""
+    return Finding(status=Status.skipped, sentence=sentence)
 
 
 def ok(sentence: str) -> Finding:
@@ -78,18 +96,48 @@ def demand(condition: bool, sentence: str, *, remedy: str) -> None:
 
 @dataclass(kw_only=True)
 class Patient:
-    """A checkpoint folder and the target it claims to serve."""
+    """A checkpoint folder, and what it is examined with; None is evidence that nobody gave."""
 
     folder: Path
-    target: Target
+    target: Target | None = None
     """The loaded target; its own taps are not read."""
+    recipe: RecipeConfig | None = None
+    """What the drafter was trained by, or will be served by."""
+    answers: StoredAnswers | None = None
+    """Held-out answers of that target with features."""
+    decode: DecodePrompts | None = None
+    """Decodes prompts with the target alone and with the drafter."""
+    dialect: Format = Format.zlab
+    """Layout that the checkpoint came in; `folder` holds z-lab's."""
+    notes: list[str] = field(default_factory=list)
+    """What reading that layout brought to light; sentences."""
+    unreadable: str | None = None
+    """Why it could not be turned into z-lab's layout."""
+    remarks: dict[Evidence, str] = field(default_factory=dict)
+    """Why a piece of evidence is missing, where that is not simply that nobody gave it."""
     findings: dict[str, Finding] = field(default_factory=dict)
     """Findings so far, by name of the check."""
 
-    @property
-    def target_config(self) -> PreTrainedConfig:
-        """Give the target's text configuration."""
-        return self.target.model.config.get_text_config()
+    def missing(self, evidence: Evidence) -> str | None:
+        """Say why a piece of evidence is not there; None if it is."""
+        given = {
+            Evidence.target: self.target,
+            Evidence.recipe: self.recipe,
+            Evidence.answers: self.answers,
+            Evidence.decoder: self.decode,
+        }
+        return None if given[evidence] else self.remarks.get(evidence, evidence.value)
+
+    @functools.cached_property
+    def drafter(self) -> Drafter:
+        """Give the loaded drafter, in float32 on the target's device; raises as the reader does."""
+        drafter = load_checkpoint(self.folder)
+        return drafter if self.target is None else drafter.to(self.target.device)
+
+    @functools.cached_property
+    def metadata(self) -> CheckpointMetadata | None:
+        """Give our own facts about the checkpoint; None for a drafter of another toolkit."""
+        return read_metadata(self.folder)
 
     @functools.cached_property
     def content(self) -> dict[str, Any]:
@@ -143,26 +191,29 @@ class Check:
     name: str
     examine: Callable[[Patient], Finding]
     """Gives the finding; a BrokenRuleError or a reader's ValueError is a failure."""
+    evidence: tuple[Evidence, ...] = ()
+    """What it looks at beside the checkpoint; without that it is skipped with the reason."""
     needs: tuple[str, ...] = ()
     """Checks that must not have failed or been skipped before this one makes sense."""
 
 
 def run_check(check: Check, patient: Patient) -> Finding:
     """Run one check, whatever it meets, and name its finding."""
-    unmet = [
-        name
-        for name in check.needs
-        if patient.findings[name].status in (Status.failed, Status.skipped)
-    ]
+    return replace(_run(check, patient), check=check.name)
+
+
+def _run(check: Check, patient: Patient) -> Finding:
+    for evidence in check.evidence:
+        reason = patient.missing(evidence)
+        if reason is not None:
+            return skipped(reason)
+    unfit = (Status.failed, Status.skipped)
+    unmet = [name for name in check.needs if patient.findings[name].status in unfit]
     if unmet:
-        sentence = f"needs {', '.join(unmet)}"
-        return Finding(check=check.name, status=Status.skipped, sentence=sentence)
+        return skipped(f"needs {', '.join(unmet)}")
     try:
-        found = check.examine(patient)
+        return check.examine(patient)
     except BrokenRuleError as error:
-        found = error.finding
+        return error.finding
     except ValueError as error:  # a reader's message: value, rule and remedy
-        found = Finding(status=Status.failed, sentence=str(error))
-    return Finding(
-        check=check.name, status=found.status, sentence=found.sentence, remedy=found.remedy
-    )
+        return Finding(status=Status.failed, sentence=str(error))

@@ -11,6 +11,7 @@ import torch
 
 from dflash_train.config import DrafterSettings
 from dflash_train.drafter.config import FULL, SLIDING, DrafterConfig
+from dflash_train.features.target import Target
 from dflash_train.release.finding import Finding, Patient, demand, ok, warning
 
 ENGINES = ("z-lab", "vLLM", "SGLang", "llama.cpp")
@@ -44,14 +45,17 @@ def check_rope(patient: Patient) -> Finding:
         f"rope_scaling (={flat}) and rope_parameters (={rope}) must ask for the same scaling.",
         remedy="Write the trained scaling in both.",
     )
-    trained = _fitting_config(patient).rope_parameters
+    kind = rope.get("rope_type", "default")
+    if patient.target is None:
+        return ok(f"theta {theta:g}, {kind}, the same in both spellings.")
+    trained = _fitting_config(patient.target).rope_parameters
     if trained["rope_theta"] != theta or _scaling(trained) != _scaling(rope):
         return warning(
             f"rope_parameters (={rope}) differ from the {trained} that training takes from this "
             "target.",
-            remedy="Compare with the recipe that trained it: a wrong rotation shows nowhere else.",
+            remedy="Compare with the recipe that trained it: a wrong rotation changes no shape.",
         )
-    return ok(f"theta {theta:g}, {rope.get('rope_type', 'default')}, as the target's.")
+    return ok(f"theta {theta:g}, {kind}, as the target's.")
 
 
 def _scaling(rope: dict[str, Any]) -> dict[str, Any]:
@@ -63,10 +67,10 @@ def _scaling(rope: dict[str, Any]) -> dict[str, Any]:
     return named | {"rope_type": kind}
 
 
-def _fitting_config(patient: Patient) -> DrafterConfig:
+def _fitting_config(target: Target) -> DrafterConfig:
     """Give the shape that training would choose for this target where a recipe says nothing."""
     settings = DrafterSettings(mask_token_id=0, target_layer_ids=[0])
-    return DrafterConfig.for_target(settings, patient.target_config)
+    return DrafterConfig.for_target(settings, target.model.config.get_text_config())
 
 
 def check_attention(patient: Patient) -> Finding:
@@ -140,7 +144,7 @@ def check_scales(patient: Patient) -> Finding:
         f"must be above 0, final_logit_softcapping (={cap}) too or null.",
         remedy="Export the checkpoint again.",
     )
-    own = _embedding_scale(patient)
+    own = scale if patient.target is None else _embedding_scale(patient.target)
     if not math.isclose(scale, own, rel_tol=1e-2):
         return warning(
             f"dflash_config.input_embedding_scale (={scale:g}) is not the {own:g} by which the "
@@ -162,9 +166,8 @@ def check_scales(patient: Patient) -> Finding:
 
 
 @torch.no_grad()
-def _embedding_scale(patient: Patient) -> float:
+def _embedding_scale(target: Target) -> float:
     """Measure the factor of the target's embedding module on its raw rows."""
-    target = patient.target
     ids = torch.arange(target.head.embedding_weight.shape[0], device=target.device)[:64]
     given = target.model.get_input_embeddings()(ids).float().norm()
     return float(given / target.head.embed(ids).float().norm())

@@ -1,11 +1,13 @@
-"""The doctor's checks of `model.safetensors`: names, shapes, numbers."""
+"""The doctor's checks of `model.safetensors`: names, shapes, numbers, and what they compute."""
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dflash_train.drafter.checkpoint import CONFIG_NAME, WEIGHTS_NAME, load_checkpoint
-from dflash_train.release.finding import Finding, Patient, demand, ok
+from dflash_train.drafter.checkpoint import CONFIG_NAME, WEIGHTS_NAME
+from dflash_train.drafter.golden import check_golden
+from dflash_train.drafter.metadata import METADATA_NAME
+from dflash_train.release.finding import Finding, Patient, demand, ok, skipped
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 NORM_SCALE = (1e-3, 1e3)
@@ -22,7 +24,7 @@ def check_tensors(patient: Patient) -> Finding:
         "ignore a copy.",
         remedy=f"Remove it from {WEIGHTS_NAME}.",
     )
-    load_checkpoint(patient.folder)  # raises with the names that are missing, unknown or misshapen
+    _ = patient.drafter  # raises with the names that are missing, unknown or misshapen
     tensors = load_file(patient.folder / WEIGHTS_NAME)
     floating = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
     dtypes = {tensor.dtype for tensor in floating.values()}
@@ -56,3 +58,20 @@ def _check_numbers(name: str, tensor: Tensor) -> None:
             f"{name} has a mean size of {size:.1e}, which no training gives.",
             remedy=remedy,
         )
+
+
+def check_golden_forward(patient: Patient) -> Finding:
+    """Check that the drafter computes what it computed when it was saved."""
+    golden = None if patient.metadata is None else patient.metadata.golden
+    if golden is None:
+        return skipped(
+            f"no golden forward in {METADATA_NAME}: another toolkit or version wrote the folder"
+        )
+    error = check_golden(patient.drafter, golden)
+    demand(
+        error <= golden.tolerance,
+        f"the stored forward comes out otherwise, by {error:.0e} of its size: weights or settings "
+        "(RoPE, causality, window, order of taps, mask id, scales) are not those that were saved.",
+        remedy=f"Undo the edit of {CONFIG_NAME} or {WEIGHTS_NAME}, or export the checkpoint again.",
+    )
+    return ok(f"the stored forward comes out again, {error:.0e} off.")

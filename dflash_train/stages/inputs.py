@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from dflash_train.config import CollectEngine, require
-from dflash_train.drafter.checkpoint import WEIGHTS_NAME
+from dflash_train.drafter.checkpoint import CONFIG_NAME, WEIGHTS_NAME
 from dflash_train.features.target_weights import locate_target
-from dflash_train.records.manifest import file_hash
+from dflash_train.records.manifest import content_hash, file_hash
 from dflash_train.stages.workshop import Workshop
 
 
@@ -71,6 +71,19 @@ def reading_inputs(workshop: Workshop) -> dict[str, str]:
     if workshop.config.data.collect_engine is not CollectEngine.transformers:
         inputs["engine"] = workshop.config.data.collect_engine.value
     return inputs
+
+
+def initial_weights_input(workshop: Workshop) -> dict[str, str]:
+    """Hash config and weights of the drafter that training starts from, where there is one.
+
+    Raises:
+        ValueError: There is no such drafter.
+    """
+    init = workshop.config.init
+    if init is None:
+        return {}
+    folder = workshop.initial_folder(init)
+    return {"init": content_hash([file_hash(folder / n) for n in (CONFIG_NAME, WEIGHTS_NAME)])}
 
 
 def checkpoint_input(workshop: Workshop) -> dict[str, str]:

@@ -97,6 +97,7 @@ STAGES = (
         upstream=("collect",),
         execute=work.train,
         target_from="collect",
+        more_inputs=inputs.initial_weights_input,
         leavings=("state", "metrics.jsonl"),
         is_distributed=True,
     ),
@@ -105,7 +106,7 @@ STAGES = (
         folder="traces",
         settings=(
             "target", "evaluate.eval_sets", "evaluate.live_traffic", "evaluate.live_per_set",
-            "evaluate.live_max_new_tokens", "evaluate.seed",
+            "evaluate.live_max_new_tokens", "evaluate.fast", "evaluate.seed",
         ),
         upstream=("collect",),
         execute=work.evaluate,

@@ -1,14 +1,10 @@
-"""What the command line does beside running stages: the fleet, doctor, inspect, the last lines."""
+"""What the command line does beside running stages: the fleet, inspect, the last lines."""
 
 from pathlib import Path
 
-from dflash_train.config import RecipeConfig, require
-from dflash_train.features.target import load_target
+from dflash_train.config import RecipeConfig
 from dflash_train.features.target_text import load_target_text
-from dflash_train.release.doctor import examine
-from dflash_train.release.finding import Finding
 from dflash_train.release.inspection import Choice, View, find_record, prompt_view, text_source
-from dflash_train.stages.workshop import Workshop
 
 
 def play_fleet(out: Path, *, seed: int, num_requests: int) -> dict[str, int]:
@@ -16,20 +12,6 @@ def play_fleet(out: Path, *, seed: int, num_requests: int) -> dict[str, int]:
     from dflash_data.sample_traffic.fleet import write_sample_traffic
 
     return write_sample_traffic(out, seed=seed, num_requests=num_requests)
-
-
-def examine_checkpoint(config: RecipeConfig) -> list[Finding]:
-    """Check a drafter, the recipe's or the best one of its run, against the recipe's target.
-
-    Raises:
-        ValueError: There is no such folder, or the target cannot be loaded.
-    """
-    folder = Workshop(config).checkpoint
-    require(
-        folder.is_dir(),
-        f"checkpoint (={folder}) is not a folder. Give checkpoint=DIR with config.json in it.",
-    )
-    return examine(folder, load_target(config.target, []))
 
 
 def view_conversation(config: RecipeConfig, choice: Choice) -> View:

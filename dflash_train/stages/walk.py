@@ -27,6 +27,8 @@ def run(config: RecipeConfig, *, force: bool = False) -> None:
     workshop = Workshop(config)
     _ = workshop.drafter_config  # a target that does not fit is found before any work
     check_collect_engine(workshop)
+    if config.init is not None and config.checkpoint is None:
+        workshop.initial_drafter(config.init)  # nor is a wrong start found after it
     for stage in stages_of(config):
         run_stage(workshop, stage.name, force=force)
 

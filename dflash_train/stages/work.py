@@ -5,10 +5,10 @@ it wrote and writes it last.
 """
 
 from dflash_train.config import RecipeConfig, to_plain
-from dflash_train.drafter.checkpoint import load_checkpoint
 from dflash_train.features.store import FeatureStore
 from dflash_train.records.conversation import Conversation
 from dflash_train.records.manifest import FileEntry, Manifest
+from dflash_train.stages.drafters import import_drafter
 from dflash_train.stages.tools import play_fleet
 from dflash_train.stages.workshop import Workshop
 from dflash_train.training import stage as training
@@ -100,7 +100,8 @@ def evaluate(workshop: Workshop, manifest: Manifest) -> None:
     features = workshop.config.run_dir / "features"
     splits = ["test", *(f"eval-{name}" for name, _ in workshop.config.evaluate.sets)]
     stores = {name: FeatureStore.open(features / name) for name in splits}
-    drafter = load_checkpoint(workshop.checkpoint).to(workshop.target.device)
+    drafter = import_drafter(workshop.checkpoint, workshop.config.target).drafter
+    drafter.to(workshop.target.device)
     evaluation.evaluate(
         workshop.config, target=workshop.target, drafter=drafter, stores=stores, manifest=manifest
     )

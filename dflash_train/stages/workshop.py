@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from dflash_train.config import CollectEngine, DrafterInit, RecipeConfig
+from dflash_train.config import CollectEngine, DrafterInit, RecipeConfig, require
+from dflash_train.drafter.checkpoint import WEIGHTS_NAME
 from dflash_train.drafter.config import DrafterConfig
 from dflash_train.drafter.initialization import initialize_from_target
 from dflash_train.drafter.model import Drafter
@@ -14,7 +15,10 @@ from dflash_train.features.target import Target, load_target
 from dflash_train.features.target_loading import load_target_config
 from dflash_train.features.target_text import WrittenTarget, load_target_text
 from dflash_train.features.target_weights import locate_target
+from dflash_train.release.resolve import resolve_checkpoint
+from dflash_train.stages.drafters import import_drafter
 from dflash_train.training.accelerator import Accelerator, build_accelerator
+from dflash_train.training.initial_weights import check_start
 
 SAMPLE_FOLDER = "sample_traffic"
 
@@ -63,18 +67,66 @@ class Workshop:
         return build_accelerator(self.config.launch)
 
     def new_drafter(self) -> Drafter:
-        """Build the drafter that training starts from: a function of the recipe's seed."""
+        """Build the drafter that training starts from: `init`, or a function of the seed.
+
+        Raises:
+            ValueError: The drafter of `init` cannot be read, or contradicts the recipe.
+        """
+        if self.config.init is not None:
+            return self.initial_drafter(self.config.init)
         torch.manual_seed(self.config.seed)
         drafter = Drafter(self.drafter_config)
         if self.config.drafter.init is DrafterInit.target:
             initialize_from_target(drafter, self.target.model)
         return drafter
 
-    @property
+    def initial_drafter(self, init: str) -> Drafter:
+        """Read the drafter that `init` names, if its weights can mean the same in this run.
+
+        Raises:
+            ValueError: It cannot be read, or contradicts the recipe.
+        """
+        drafter = import_drafter(self.initial_folder(init), self.config.target).drafter
+        check_start(drafter.config, self.drafter_config, init=init)
+        return drafter
+
+    def initial_folder(self, init: str) -> Path:
+        """Give the folder of the drafter that `init` names.
+
+        Raises:
+            ValueError: It is none, or training would empty it first.
+        """
+        try:
+            folder = resolve_checkpoint(init)
+        except ValueError as error:
+            raise ValueError(f"init (={init}): {error}") from error
+        require(
+            not folder.resolve().is_relative_to((self.config.run_dir / "checkpoint").resolve()),
+            f"init (={init}) lies where this run writes its own drafter. Give the run another "
+            "name.",
+        )
+        require(
+            (folder / WEIGHTS_NAME).is_file(),
+            f"init (={init}) holds no {WEIGHTS_NAME}. Give the folder of a drafter.",
+        )
+        return folder
+
+    @functools.cached_property
     def checkpoint(self) -> Path:
-        """The drafter to evaluate: the recipe's choice, else the best one of this run."""
-        chosen = self.config.checkpoint
-        return Path(chosen) if chosen else self.config.run_dir / "checkpoint" / "best"
+        """The drafter to read: the recipe's choice, else the best one of this run.
+
+        Raises:
+            ValueError: The choice is no folder and no drafter that the Hub gives.
+            UnavailableError: The Hub cannot be reached.
+        """
+        chosen, revision = self.config.checkpoint, self.config.checkpoint_revision
+        if chosen is not None:
+            return resolve_checkpoint(chosen, revision=revision)
+        require(
+            revision is None,
+            f"checkpoint_revision (={revision}) goes with checkpoint (=null). Give checkpoint=ID.",
+        )
+        return self.config.run_dir / "checkpoint" / "best"
 
     @property
     def sample_log(self) -> Path:

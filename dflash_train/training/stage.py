@@ -16,10 +16,12 @@ from accelerate.utils import broadcast_object_list, set_seed
 from tqdm import tqdm
 
 from dflash_train.config import RecipeConfig
+from dflash_train.drafter.metadata import CheckpointMetadata
 from dflash_train.drafter.model import Drafter
 from dflash_train.features.frozen_head import FrozenHead
 from dflash_train.features.store import FeatureStore
 from dflash_train.records.manifest import FILE_NAME, Manifest
+from dflash_train.records.provenance import machine
 from dflash_train.training.calibration import (
     Calibration,
     calibrate,
@@ -74,6 +76,7 @@ def train(
             run_dir=run_dir,
             key=manifest.key,
             stop_token_ids=stop_token_ids,
+            description=describe(config, manifest),
         )
 
     try:
@@ -88,6 +91,27 @@ def train(
         return trainer.finish(manifest)
     finally:
         accelerator.free_memory()
+
+
+def describe(config: RecipeConfig, manifest: Manifest) -> CheckpointMetadata:
+    """Give what is known about the checkpoints of a run before its first step."""
+    sampling = config.data.serving_sampling
+    has_switch = sampling.enable_thinking is not None or sampling.reasoning_effort is not None
+    hardware = {name: machine()[name] for name in ("processor", "cores", "accelerator")}
+    is_private = config.init is None or Path(config.init).exists()  # a path tells of a machine
+    return CheckpointMetadata(
+        target=manifest.target,
+        thinking=sampling.thinks if has_switch else None,
+        provenance={
+            "recipe": config.name,
+            "recipe_hash": manifest.recipe_hash,
+            "inputs": dict(manifest.inputs),
+            "code": manifest.code,
+            "versions": manifest.versions,
+            "hardware": hardware,
+            "init": None if is_private else config.init,
+        },
+    )
 
 
 def _calibration(

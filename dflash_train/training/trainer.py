@@ -21,6 +21,7 @@ from tqdm import tqdm
 from dflash_train.config import RecipeConfig, require, to_plain
 from dflash_train.drafter.checkpoint import save_checkpoint
 from dflash_train.drafter.config import DrafterConfig
+from dflash_train.drafter.metadata import METADATA_NAME, CheckpointMetadata
 from dflash_train.drafter.model import Drafter, block_embeddings
 from dflash_train.features.frozen_head import FrozenHead
 from dflash_train.features.store import FeatureStore
@@ -91,6 +92,7 @@ class Trainer:
         run_dir: Path,
         key: str = "",
         stop_token_ids: Sequence[int] = (),
+        description: CheckpointMetadata | None = None,
     ) -> None:
         """Prepare model, optimiser and schedule.
 
@@ -104,6 +106,7 @@ class Trainer:
             run_dir: Folder of the run; states, checkpoints and metrics go below it.
             key: Hash of recipe and inputs; states of another key are not resumed.
             stop_token_ids: Ids that end an answer; a reduced draft vocabulary holds them all.
+            description: Target and provenance of the checkpoints; what was done is added to it.
 
         Raises:
             ValueError: `training.minutes` are not yet steps, as `train` makes them; there is
@@ -112,6 +115,7 @@ class Trainer:
         self.config = config
         self.accelerator = accelerator
         self.run_dir = run_dir
+        self.description = description or CheckpointMetadata()
         self.drafter_config = drafter.config
         trainable = trainable_rows(train)
         require(
@@ -243,9 +247,14 @@ class Trainer:
     def finish(self, manifest: Manifest) -> Manifest:
         """Write `checkpoint/last`, complete the manifest and write it last."""
         if self.accelerator.is_main_process:
-            save_checkpoint(self.deployable, self.checkpoint_dir / "last")
+            self._save_checkpoint("last")
             folder = self.checkpoint_dir
-            files = sorted([*folder.glob("best/*"), *folder.glob("last/*")])
+            # Metadata names code and versions: another commit with the same weights is no change.
+            files = sorted(
+                path
+                for path in [*folder.glob("best/*"), *folder.glob("last/*")]
+                if path.name != METADATA_NAME
+            )
             manifest.outputs = [FileEntry.of(path, folder) for path in files]
             manifest.details |= {
                 "steps": self.state.step,
@@ -332,7 +341,9 @@ class Trainer:
         if size is None and num_drawn == 0:
             return None
         counts = count_labels(store, rows, vocab_size=drafter.config.vocab_size)
-        if size is not None:
+        if (
+            size is not None and self.config.init is None
+        ):  # its tables keep their ids
             drafter.set_draft_vocabulary(
                 most_frequent_ids(counts, size, always=list(stop_token_ids))
             )
@@ -371,7 +382,23 @@ class Trainer:
         if counts.pooled > self.state.best_acceptance:
             self.state.best_acceptance, self.state.best_step = counts.pooled, self.state.step
             if self.accelerator.is_main_process:
-                save_checkpoint(self.deployable, self.checkpoint_dir / "best")
+                self._save_checkpoint("best")
+
+    def _save_checkpoint(self, name: str) -> None:
+        """Write `checkpoint/<name>`; no clock goes into it, so equal runs write equal bytes."""
+        done = {
+            "steps": self.state.step,
+            "training_rows": len(self.source.rows),
+            "processes": self.accelerator.num_processes,
+            "parameters": sum(p.numel() for p in self.drafter.parameters()),
+            "acceptance_length": self.state.best_acceptance if name == "best" else None,
+        }
+        provenance = self.description.provenance | done
+        save_checkpoint(
+            self.deployable,
+            self.checkpoint_dir / name,
+            metadata=replace(self.description, provenance=provenance),
+        )
 
     def _resume(self) -> None:
         newest = latest_state(self.state_dir, key=self.state.key)

@@ -28,7 +28,8 @@ def test_a_changed_log_is_seen_although_another_folder_has_its_name(tmp_path: Pa
 def test_every_key_of_a_recipe_belongs_to_a_stage_or_is_known_to_change_no_result():
     harmless = {
         "name", "runs_dir",  # where a run lies
-        "checkpoint",  # its weights are an input of evaluate, by hash
+        "checkpoint", "checkpoint_revision",  # its weights are an input of evaluate, by hash
+        "init",  # its weights are an input of train, by hash
         "tracking",  # where curves go
         "data.logs", "data.hmac_key_file",  # inputs of ingest, by content
         "executor",  # where ingest runs
