@@ -132,8 +132,10 @@ def bench(parsed: argparse.Namespace) -> dict[str, Any]:
     load_before = os.getloadavg()[0]
     torch.set_num_threads(parsed.threads)
     prompts, budget = read_prompts(parsed.prompts, parsed.num_prompts), parsed.max_new_tokens
-    field = gather(parsed, prompts[0])
+    longest = max(prompts, key=len)  # so that no later prompt wants a larger cache, compiled anew
+    field = gather(parsed, longest)
     for contender in field.in_turns:
+        contender.decode(longest)
         contender.decode(prompts[0])
     for prompt in tqdm(prompts, desc="in turns", unit="prompt", file=sys.stderr):
         for contender in field.in_turns:

@@ -32,6 +32,11 @@ class ServeConfig:
     fast: bool = True
     """On a CPU, pack weights and compile layers: much faster after some seconds at the start, needs
     a C++ compiler, and rounds sums in another order, so a near-tie may turn."""
+    adaptive: bool = True
+    """Let each step draft, copy from the text before, or do neither, whichever promises most tokens
+    per second here; the first start measures this machine for some seconds. The text stays the
+    target's own. Where drafts are sampled (DFlash 2, DSpark), what a seed gives then depends on the
+    requests before it: false verifies every draft, and a seed always gives the same."""
 
     def __post_init__(self) -> None:
         require(

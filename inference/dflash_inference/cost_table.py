@@ -9,8 +9,10 @@ falls on all of them), and the medians are kept:
     table = machine_costs(decoder)          # seconds of measuring; later runs read the file
     decoder.policy = PayingDrafts(table, num_drafts=7)
 
-The file lies in `$DFLASH_HOME/cost-tables/`, in the format of the report's cost tables
-(serving_costs.py), and is named by a hash of everything that makes its figures.
+`serve` and `generate` do so by themselves (adaptive.py); `dflash-train costs checkpoint=DIR` only
+measures. The file lies in `$DFLASH_HOME/cost-tables/`, in the format of the report's cost tables
+(serving_costs.py, `evaluate.cost_tables`), and is named by a hash of everything that makes its
+figures.
 """
 
 import itertools
@@ -21,6 +23,7 @@ from pathlib import Path
 
 import msgspec
 import torch
+from tqdm import tqdm
 
 from dflash_inference.decoder import SpeculativeDecoder
 from dflash_inference.request import RequestState, synchronized_seconds
@@ -48,6 +51,28 @@ def machine_costs(
 ) -> CostTable:
     """Give the costs of this decoder on this machine, measured once.
 
+    Args: as `costs_file`.
+    """
+    path = costs_file(
+        decoder,
+        num_drafts=num_drafts,
+        batches=batches,
+        context_length=context_length,
+        force=force,
+    )
+    return read_cost_table(path)
+
+
+def costs_file(
+    decoder: SpeculativeDecoder,
+    *,
+    num_drafts: int | None = None,
+    batches: tuple[int, ...] = BATCHES,
+    context_length: int = CONTEXT_LENGTH,
+    force: bool = False,
+) -> Path:
+    """Give the file with the costs of this decoder on this machine; measure if there is none.
+
     Args:
         decoder: Its target and drafter run; its mode (fast or exact) is part of the key.
         num_drafts: Widest draft; None is all that the drafter drafts.
@@ -59,11 +84,11 @@ def machine_costs(
     key = _key(decoder, num_drafts=num_drafts, batches=batches, context_length=context_length)
     path = table_path(key)
     if path.is_file() and not force:
-        return read_cost_table(path)
+        return path
     rows = measure(decoder, num_drafts=num_drafts, batches=batches, context_length=context_length)
     table = CostTable(hardware=_in_words(key), rows=rows)
     write_bytes(path, msgspec.json.format(msgspec.json.encode(table)) + b"\n")
-    return table
+    return path
 
 
 def table_path(key: dict[str, object]) -> Path:
@@ -90,7 +115,7 @@ def measure(
     ]
     drafts: dict[tuple[int, int], list[float]] = defaultdict(list)
     verifies: dict[tuple[int, int], list[float]] = defaultdict(list)
-    for turn in range(NUM_TURNS + 1):
+    for turn in tqdm(range(NUM_TURNS + 1), desc="measure passes", leave=False):
         for batch, width in itertools.product(batches, widths):
             draft_s = _draft_seconds(decoder, requests[:batch], width)
             verify_s = _verify_seconds(decoder, requests[:batch], width)

@@ -3,6 +3,10 @@
 The event loop only makes tickets and reads queues; all else happens on the engine's thread, which
 takes orders (join, cancel, stop) between two steps. Tokens go to each listener as they are
 committed.
+
+A request that raises ends alone (scheduler.py). If the scheduler itself raises, no request can be
+trusted to its caches any more: all of them end as errors, `failure` says why, and serve.py ends
+the server with it, so that whoever watches the process starts a fresh one.
 """
 
 import asyncio
@@ -53,20 +57,24 @@ class TokenStream:
         state = self.ticket.state
         new_ids = state.output_ids[self._num_sent :]
         self._num_sent += len(new_ids)
-        if new_ids or state.finish_reason:
+        if (new_ids or state.finish_reason) and not self._loop.is_closed():
             progress = Progress(new_ids=new_ids, finish_reason=state.finish_reason)
             self._loop.call_soon_threadsafe(self._arrivals.put_nowait, progress)
 
 
 class Engine:
-    """Runs a scheduler until it is closed."""
+    """Runs a scheduler until it is closed or fails."""
 
     def __init__(self, scheduler: Scheduler) -> None:
         """Start the thread; it sleeps while there is nothing to decode."""
         self.scheduler = scheduler
+        self.failure: Exception | None = None
+        """What ended the thread, if it did not end because it was asked to."""
         self._orders: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._streams: dict[Ticket, TokenStream] = {}
         self._is_closing = False
+        self._last_call = threading.Lock()
+        """Held while an order of `submit` is put, so that none comes after the last were taken."""
         self._thread = threading.Thread(target=self._run, name="decoder", daemon=True)
         self._thread.start()
 
@@ -80,13 +88,21 @@ class Engine:
 
         Raises:
             ValueError: The request is empty, or larger than the whole budget.
-            UnavailableError: The engine is shutting down.
+            UnavailableError: The engine is shutting down, or has failed.
         """
-        if not self.is_running:
-            raise UnavailableError("The server is shutting down. Start it again.")
         stream = TokenStream(self.scheduler.new_ticket(prompt_ids, params), self._order_cancel)
-        self._orders.put(lambda: self._join(stream))
+        with self._last_call:
+            if not self.is_running:
+                raise UnavailableError(self.why_not())
+            self._orders.put(lambda: self._join(stream))
         return stream
+
+    def why_not(self) -> str:
+        """Say, for clients, why no requests are taken."""
+        if self.failure is None:
+            return "The server is shutting down. Start it again."
+        kind = type(self.failure).__name__
+        return f"The decoder has failed ({kind}), and the server ends. Start it again."
 
     def stop(self) -> None:
         """End all requests as cancelled and take no more; returns at once, from any thread."""
@@ -106,7 +122,11 @@ class Engine:
         self.scheduler.enqueue(stream.ticket)
 
     def _cancel(self, stream: TokenStream) -> None:
-        self.scheduler.cancel(stream.ticket)
+        """End a request; without the scheduler, if that is what has failed."""
+        if self.failure is None:
+            self.scheduler.cancel(stream.ticket)
+        else:
+            stream.ticket.fail(self.failure)
         self._publish(stream.ticket)
 
     def _publish(self, ticket: Ticket) -> None:
@@ -124,11 +144,13 @@ class Engine:
                 self._take_orders()
                 for ticket in self.scheduler.step():
                     self._publish(ticket)
-        finally:  # also after an error of our own: nobody may wait for ever
-            self._is_closing = True
+        except Exception as error:  # a boundary: nobody may wait for a thread that has ended
+            self.failure = error
+        self._is_closing = True
+        with self._last_call:
             self._take_orders()
-            for stream in list(self._streams.values()):
-                self._cancel(stream)
+        for stream in list(self._streams.values()):
+            self._cancel(stream)
 
     def _take_orders(self) -> None:
         """Do what was asked for since the last step; wait for it if there is nothing else."""

@@ -2,7 +2,7 @@
 
 Statistics come from exact greedy replay over every stored answer (no target pass); beside it
 stand prompt lookup on the same answers and a negative control, replay with the features of
-another request. A few prompts are decoded live (live.py). Run by
+another request. A few prompts are decoded live, in four ways (live.py). Run by
 `dflash-train evaluate recipe=NAME`.
 
 Each file is written whole, and one that exists is not made again: the caller has emptied the
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from dflash_inference.fast_mode import can_be_fast
 from dflash_inference.live import decode_live
 from dflash_inference.live_check import LIVE_CHECK_FILE
 from dflash_inference.prompt_lookup import prompt_lookup
@@ -61,8 +62,16 @@ def evaluate(
     folder = config.run_dir / TRACES_FOLDER
     for split, store in stores.items():
         _trace_split(folder, split, store, drafter=drafter, head=target.head)
+    fast = config.evaluate.fast and can_be_fast(target.device, key="evaluate.fast")
     if not (folder / LIVE_CHECK_FILE).exists():
-        decode_live(config.evaluate, target=target, drafter=drafter, stores=stores, folder=folder)
+        decode_live(
+            config.evaluate,
+            target=target,
+            drafter=drafter,
+            stores=stores,
+            folder=folder,
+            fast=fast,
+        )
     files = [*sorted(folder.glob("*.jsonl")), folder / LIVE_CHECK_FILE]
     manifest.outputs = [FileEntry.of(path, folder) for path in files]
     manifest.details |= {
@@ -70,6 +79,8 @@ def evaluate(
         "splits": {split: len(store) for split, store in stores.items()},
         "drafter": describe_drafter(drafter),
         "live_max_new_tokens": config.evaluate.live_max_new_tokens,
+        "live_mode": "fast" if fast else "exact",
+        "dtype": str(target.model.dtype).removeprefix("torch."),
     }
     manifest.write(folder)
     return manifest

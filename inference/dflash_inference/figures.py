@@ -17,6 +17,13 @@ Findings = dict[str, Any]
 
 DRAFTER, LOOKUP, FOREIGN = "#1f5fbf", "#c2621a", "#8a929e"
 INK, MUTED, RULE = "#1c2430", "#5f6b7a", "#dfe3e8"
+WAY_NAMES = {
+    "transformers": "Transformers",
+    "width_one": "this decoder, plain",
+    "prompt_lookup": "prompt lookup",
+    "drafter": "drafter",
+}
+"""What the ways of decoding live are called, in pictures and tables."""
 STYLE: dict[Any, Any] = {  # its keys are a Literal of every rcParam
     "svg.fonttype": "none",
     "svg.hashsalt": "dflash-train",
@@ -168,23 +175,37 @@ def draw_training(findings: Findings) -> str:
 
 
 def draw_time(findings: Findings) -> str:
-    """Draw the milliseconds of one plain token beside those of one speculative step."""
-    speed = findings["speed"]
-    figure, axes = _new_figure(width=5.1, height=2.7)
-    plain_ms = speed["seconds_per_plain_token"] * 1000
-    axes.barh([0], [plain_ms], color=FOREIGN, height=0.5, label="target pass")
-    left = 0.0
+    """Draw the milliseconds of an output token in each way of decoding, by what they went to."""
+    ways = {
+        way: each
+        for way, each in findings["speed"]["ways"].items()
+        if each["seconds_per_token"] is not None
+    }
+    figure, axes = _new_figure(width=5.1, height=1.5 + 0.42 * len(ways))
     colors = {"draft": LOOKUP, "verify": DRAFTER, "bookkeeping": INK}
-    for part, seconds in speed["seconds_per_step"].items():
-        axes.barh([1], [seconds * 1000], left=left, color=colors[part], height=0.5, label=part)
-        left += seconds * 1000
-    axes.set_yticks([0, 1], ["one plain token", f"one step, {speed['tokens_per_step']:.2f} tokens"])
+    left = [0.0] * len(ways)
+    for part, color in colors.items():
+        values = [1000 * each["seconds_per_token"][part] for each in ways.values()]
+        label = {"verify": "target pass"}.get(part, part)
+        axes.barh(range(len(ways)), values, left=left, color=color, height=0.55, label=label)
+        left = [before + value for before, value in zip(left, values, strict=True)]
+    for place, total in enumerate(left):
+        axes.annotate(
+            f"{total:.1f}",
+            (total, place),
+            xytext=(5, 0),
+            textcoords="offset points",
+            va="center",
+            color=INK,
+        )
+    axes.set_yticks(range(len(ways)), [WAY_NAMES[way] for way in ways])
     axes.tick_params(axis="y", length=0, labelcolor=INK)
     axes.grid(visible=False, axis="y")
     axes.invert_yaxis()
-    axes.set_xlabel("milliseconds")
+    axes.set_xlim(right=1.13 * max(left))
+    axes.set_xlabel("milliseconds per output token")
     axes.legend(
-        loc="lower right", bbox_to_anchor=(1.02, 1.0), ncols=4, handlelength=0.9, columnspacing=1.2
+        loc="lower right", bbox_to_anchor=(1.02, 1.0), ncols=3, handlelength=0.9, columnspacing=1.2
     )
     return _to_svg(figure)
 

@@ -5,14 +5,11 @@ what this module found. Every figure comes from traces and manifests, so a repor
 again without target or drafter.
 """
 
-from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import orjson
 
 from dflash_inference.eval_sets import eval_set
-from dflash_inference.live import LIVE_FILE, WIDTH_ONE_FILE
 from dflash_inference.live_check import LIVE_CHECK_FILE, LiveCheck, read_checks
 from dflash_inference.report_file import REPORT_FORMAT, REPORT_VERSION
 from dflash_inference.request_rows import rows_of, to_columns
@@ -32,11 +29,10 @@ from dflash_inference.slices import (
     measure,
     read_temperatures,
 )
+from dflash_inference.speed import measure_speed, read_ways, speed_setting
 from dflash_inference.statistics import (
-    bootstrap_ratios,
     draft_use,
     length_histogram,
-    percentile_interval,
     position_acceptance,
 )
 from dflash_inference.trace import TRAFFIC_SPLIT, DecodeTrace, read_traces
@@ -64,12 +60,10 @@ def find(config: RecipeConfig) -> Findings:
     traffic = read_traces(folder / f"replay-{TRAFFIC_SPLIT}.jsonl")
     lookup = read_traces(folder / f"lookup-{TRAFFIC_SPLIT}.jsonl")
     foreign = read_traces(folder / f"foreign-{TRAFFIC_SPLIT}.jsonl")
-    live = read_traces(folder / LIVE_FILE)
     live_check = summarize_checks(read_checks(folder / LIVE_CHECK_FILE))
     block = _block_shape(manifest, folder)
     headline = measure(traffic, evaluate, block)
-    # Plain decoding is the same loop at width 1; the oracle that keeps two logits is another loop.
-    speed = measure_speed(read_traces(folder / WIDTH_ONE_FILE), live, evaluate)
+    speed = measure_speed(read_ways(folder), evaluate) | speed_setting(manifest.details)
     is_seen = read_seen(config.run_dir)
     slices = find_slices(traffic, lookup, foreign, evaluate, block)
     for each in slices:
@@ -224,49 +218,6 @@ def summarize_checks(checks: list[LiveCheck]) -> Findings:
     }
 
 
-def measure_speed(
-    plain: list[DecodeTrace], live: list[DecodeTrace], config: EvaluateConfig
-) -> Findings:
-    """Give tokens per second after prefill and where the time of a step goes, in seconds.
-
-    Both went through the same loop in one process on the same prompts: at width 1, and with drafts.
-    The token from prefill is not counted, its time neither. The speed-up is the ratio of the mean
-    seconds per output token, each request counting alike.
-    """
-    plain_rate, live_rate = _tokens_per_second(plain), _tokens_per_second(live)
-    steps = [step for trace in live for step in trace.steps]
-    step_s = {
-        part: _mean([getattr(step, f"{part}_s") for step in steps])
-        for part in ("draft", "verify", "bookkeeping")
-    }
-    plain_s = _mean(
-        [
-            step.draft_s + step.verify_s + step.bookkeeping_s
-            for trace in plain
-            for step in trace.steps
-        ]
-    )
-    is_measured = bool(plain_rate and live_rate)
-    speed_up, interval = _speed_up(plain, live, config)
-    step_cost = sum(value or 0.0 for value in step_s.values()) / plain_s if plain_s else None
-    return {
-        "tokens_per_second": {"plain": plain_rate, "speculative": live_rate},
-        "speed_up": speed_up,
-        "speed_up_interval": interval,
-        "num_requests": len(live),
-        "seconds_per_step": step_s if is_measured else None,
-        "seconds_per_plain_token": plain_s,
-        # Acceptance length at which speculative decoding breaks even: one step in plain tokens.
-        "step_cost": step_cost,
-        "tokens_per_step": _mean([float(step.committed) for step in steps]),
-        "prefill_seconds": {
-            "plain": _mean([trace.prefill_s for trace in plain]),
-            "speculative": _mean([trace.prefill_s for trace in live]),
-        },
-        "steps_by_source": dict(sorted(Counter(step.source for step in steps).items())),
-    }
-
-
 def read_training(config: RecipeConfig) -> Findings | None:
     """Read the training curve of this run; None if the checkpoint comes from elsewhere."""
     path = config.run_dir / METRICS_NAME
@@ -328,35 +279,6 @@ def _block_shape(manifest: Manifest, folder: Path) -> BlockShape:
 def _checkpoint(config: RecipeConfig, manifest: Manifest) -> Findings:
     folder = config.checkpoint or str(config.run_dir / "checkpoint" / "best")
     return {"folder": folder, "inputs": manifest.inputs} | manifest.details["drafter"]
-
-
-def _speed_up(
-    plain: list[DecodeTrace], live: list[DecodeTrace], config: EvaluateConfig
-) -> tuple[float | None, list[float] | None]:
-    """Give the ratio of mean seconds per output token, and its bootstrap interval by request."""
-    others = {trace.id: trace for trace in plain}
-    pairs = [(others[trace.id], trace) for trace in live if trace.id in others]
-    seconds = np.array(
-        [
-            [trace.decode_s / (len(trace.output_ids) - 1) for trace in pair]
-            for pair in pairs
-            if all(trace.steps and trace.decode_s for trace in pair)
-        ]
-    )
-    if not len(seconds):
-        return None, None
-    ratios = bootstrap_ratios(
-        seconds[:, :1], seconds[:, 1:], resamples=config.resamples, seed=config.seed
-    )
-    found = percentile_interval(ratios[:, 0])
-    means = seconds.mean(0)
-    return float(means[0] / means[1]), [found.low, found.high]
-
-
-def _tokens_per_second(traces: list[DecodeTrace]) -> float | None:
-    seconds = sum(trace.decode_s for trace in traces)
-    tokens = sum(len(trace.output_ids) - 1 for trace in traces)
-    return tokens / seconds if tokens else None
 
 
 def _mean(values: list[float]) -> float | None:

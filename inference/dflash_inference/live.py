@@ -1,10 +1,14 @@
 """Decode a few held-out prompts live: the proof of what replay claims, and the speed.
 
-Each prompt is decoded in three ways in turn, in one process after a warm-up, so all speeds see the
-same machine: plainly (the oracle, which keeps the two best logits), by the speculative loop at
-width 1 (the speed it is measured against), and speculatively. The live output is then replayed with
-features of one teacher-forced pass and compared step by step. The target also decodes all prompts
-in a batch: how far that agrees with plain decoding is the noise floor of every token comparison.
+Each prompt is decoded in four ways in turn, in one process after a warm-up, so all speeds see the
+same machine: plainly, as Transformers does (the oracle, which keeps the two best logits), and on
+the decoder's own passes at width 1 (the speed that is the measure of the others), by prompt lookup,
+and with the drafter. The live output is then replayed with features of one teacher-forced pass and
+compared step by step. The target also decodes all prompts in a batch: how far that agrees with
+plain decoding is the noise floor of every token comparison.
+
+The oracle, the teacher-forced pass and replay are always eager. `evaluate.fast` has the decoder's
+passes packed and compiled, which rounds sums in another order: what turns by that is listed.
 """
 
 from collections import defaultdict
@@ -16,9 +20,10 @@ import torch
 from tqdm import tqdm
 
 from dflash_inference.autoregressive import AutoregressiveDecoder
-from dflash_inference.block_length import FirstDrafts
+from dflash_inference.block_length import DraftPolicy, FirstDrafts
 from dflash_inference.decoder import SpeculativeDecoder
-from dflash_inference.live_check import LIVE_CHECK_FILE, check_live, write_checks
+from dflash_inference.live_check import LIVE_CHECK_FILE, LiveCheck, check_live, write_checks
+from dflash_inference.lookup_drafts import LookupDrafts
 from dflash_inference.trace import DecodeTrace, group_of, steps_of, write_traces
 from dflash_train.config import EvaluateConfig
 from dflash_train.drafter.model import Drafter
@@ -29,6 +34,7 @@ from dflash_train.training.replay import replay
 LIVE_FILE = "live.jsonl"
 PLAIN_FILE = "plain.jsonl"
 WIDTH_ONE_FILE = "width1.jsonl"
+LOOKUP_FILE = "live_lookup.jsonl"
 WARM_UP_TOKENS = 8
 
 
@@ -75,39 +81,74 @@ def decode_live(
     drafter: Drafter,
     stores: dict[str, FeatureStore],
     folder: Path,
+    fast: bool = False,
 ) -> None:
-    """Decode the live prompts in all ways, check them, and write the files of the live part."""
-    plainly = AutoregressiveDecoder(target)
-    at_width_one = SpeculativeDecoder(target, drafter, policy=FirstDrafts(0))
-    speculatively = SpeculativeDecoder(target, drafter)
-    decoders = (plainly, at_width_one, speculatively)
-    prompts = choose_prompts(config, stores)
+    """Decode the live prompts in all ways, check them, and write the files of the live part.
+
+    Args:
+        config: Which prompts, and how many tokens of each.
+        target: The frozen target.
+        drafter: The drafter, on the target's device.
+        stores: Held-out features by split.
+        folder: Where the files go.
+        fast: As for `SpeculativeDecoder`; the oracle and the checks stay exact.
+    """
+    prompts, budget = choose_prompts(config, stores), config.live_max_new_tokens
+    ways = _Ways(target, drafter, fast=fast)
     for prompt in prompts[:1]:
-        for decoder in decoders:
-            decoder.generate(prompt.token_ids, max_new_tokens=WARM_UP_TOKENS)
-    plain, width_one, live, checks = [], [], [], []
-    budget = config.live_max_new_tokens
+        ways.decode(prompt.token_ids, budget=WARM_UP_TOKENS)
+    decoded: dict[str, list[DecodeTrace]] = {name: [] for name in ways.files}
+    checks: list[LiveCheck] = []
     batched = _decode_batch(target, prompts, budget=budget)
     for prompt, batch_ids in zip(
         tqdm(prompts, desc="evaluate live", unit="prompt"), batched, strict=True
     ):
-        for decoder, traces in zip(decoders, (plain, width_one, live), strict=True):
-            trace = decoder.generate(prompt.token_ids, max_new_tokens=budget)
-            traces.append(prompt.label(trace))
+        traces = ways.decode(prompt.token_ids, budget=budget)
+        for name, trace in traces.items():
+            decoded[name].append(prompt.label(trace))
+        live, plain = decoded[LIVE_FILE][-1], decoded[PLAIN_FILE][-1]
         checks.append(
             check_live(
-                live[-1],
-                plain=plain[-1],
-                replayed=replay_live(target, drafter, prompt.token_ids, live[-1], budget=budget),
+                live,
+                plain=plain,
+                replayed=replay_live(target, drafter, prompt.token_ids, live, budget=budget),
                 batch_ids=batch_ids,
                 stored_ids=prompt.stored_ids,
                 dtype=target.model.dtype,
             )
         )
-    write_traces(folder / PLAIN_FILE, plain)
-    write_traces(folder / WIDTH_ONE_FILE, [replace(each, block_size=1) for each in width_one])
-    write_traces(folder / LIVE_FILE, live)
+    for name, traces in decoded.items():
+        write_traces(folder / name, traces)
     write_checks(folder / LIVE_CHECK_FILE, checks)  # last: its presence says all are there
+
+
+class _Ways:
+    """The ways of decoding a prompt, by the file that their traces go to; one target, one pass."""
+
+    def __init__(self, target: Target, drafter: Drafter, *, fast: bool) -> None:
+        """Pack and compile once, if that is wanted: the ways differ by who drafts alone."""
+        self._plainly = AutoregressiveDecoder(target)
+        self._decoder = SpeculativeDecoder(target, drafter, fast=fast)
+        num_drafts = drafter.config.num_drafts
+        self._policies: dict[str, tuple[DraftPolicy, int]] = {
+            WIDTH_ONE_FILE: (FirstDrafts(0), 1),
+            LOOKUP_FILE: (LookupDrafts(num_drafts), num_drafts + 1),
+            LIVE_FILE: (FirstDrafts(), drafter.config.block_size),
+        }
+
+    @property
+    def files(self) -> list[str]:
+        """All of them, plain decoding first."""
+        return [PLAIN_FILE, *self._policies]
+
+    def decode(self, prompt_ids: list[int], *, budget: int) -> dict[str, DecodeTrace]:
+        """Decode a prompt in each way in turn."""
+        traces = {PLAIN_FILE: self._plainly.generate(prompt_ids, max_new_tokens=budget)}
+        for name, (policy, block_size) in self._policies.items():
+            self._decoder.policy = policy
+            trace = self._decoder.generate(prompt_ids, max_new_tokens=budget)
+            traces[name] = replace(trace, block_size=block_size)
+        return traces
 
 
 def _decode_batch(target: Target, prompts: list[LivePrompt], *, budget: int) -> list[list[int]]:

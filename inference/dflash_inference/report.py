@@ -12,7 +12,7 @@ import orjson
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from dflash_inference.figures import draw
+from dflash_inference.figures import WAY_NAMES, draw
 from dflash_inference.findings import Findings, find
 from dflash_inference.report_file import REPORT_FILE, check_schema
 from dflash_inference.statistics import FEWEST_FOR_A_CLAIM
@@ -62,10 +62,14 @@ def render(template: str, findings: Findings, pictures: dict[str, str] | None = 
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"mean": _show_mean, "interval": _show_interval, "count": _show_count}
+    environment.filters |= {
+        "mean": _show_mean, "interval": _show_interval, "count": _show_count, "ms": _show_ms,
+        "total": _show_total,
+    }  # fmt: skip
     source = (importlib.resources.files("dflash_inference") / template).read_text("utf-8")
     return environment.from_string(source).render(
         **findings,
+        way_titles=WAY_NAMES,
         sentences=write_sentences(findings),
         pictures={name: Markup(svg) for name, svg in (pictures or {}).items()},
     )
@@ -215,10 +219,27 @@ def _speed_sentence(speed: Findings) -> str:
     return (
         f"{rates['speculative']:.1f} tokens/s speculative, {rates['plain']:.1f} in the same loop "
         f"at width 1: a factor of {speed['speed_up']:.2f} per output token (95 % interval "
-        f"{low:.2f} to {high:.2f}, {speed['num_requests']} prompts{few}). A step costs "
+        f"{low:.2f} to {high:.2f}, {speed['num_requests']} prompts{few}). "
+        f"{_lookup_speed_sentence(speed['ways'])} A step costs "
         f"{speed['step_cost']:.2f} plain tokens, so it pays above an acceptance length of "
-        f"{speed['step_cost']:.2f}."
+        f"{speed['step_cost']:.2f}. {_setting_sentence(speed['setting'])}"
     )
+
+
+def _lookup_speed_sentence(ways: Findings) -> str:
+    """Say what copying from the prompt brings on the same passes: the speed to beat."""
+    found = ways.get("prompt_lookup")
+    if found is None or found["speed_up"] is None:
+        return "Prompt lookup was not timed."
+    low, high = found["speed_up_interval"]
+    return f"Prompt lookup on the same passes: {found['speed_up']:.2f} ({low:.2f} to {high:.2f})."
+
+
+def _setting_sentence(setting: Findings) -> str:
+    modes = {"fast": "packed and compiled passes", "exact": "eager passes"}
+    device = f"on {setting['device']}" if setting["device"] else None
+    words = [modes[setting["mode"]], setting["dtype"], device, "one request at a time"]
+    return f"Measured with {', '.join(word for word in words if word)}, greedy."
 
 
 def _concurrency_sentence(found: Findings | None) -> str:
@@ -253,6 +274,14 @@ def _show_mean(value: float | None) -> str:
 
 def _show_interval(interval: list[float]) -> str:
     return f"{interval[0]:.2f} to {interval[1]:.2f}"
+
+
+def _show_ms(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{1000 * seconds:.2f}"
+
+
+def _show_total(parts: dict[str, float] | None) -> str:
+    return "-" if parts is None else _show_ms(sum(parts.values()))
 
 
 def _show_count(value: Any) -> str:

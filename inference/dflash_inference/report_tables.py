@@ -20,7 +20,7 @@ _ESTIMATE = ["pooled", "low", "high", "per_request", "requests", "steps"]
 
 
 def report_tables(findings: Findings) -> dict[str, Table]:
-    """Give acceptance by slice, by draft and by length, concurrency and predictions, by name.
+    """Give acceptance by slice, draft and length, speed, concurrency and predictions, by name.
 
     Tables without a row are left out.
     """
@@ -35,6 +35,11 @@ def report_tables(findings: Findings) -> dict[str, Table]:
         "num_accepted": Table(
             columns=["num_accepted", "steps"],
             rows=[[number, steps] for number, steps in enumerate(findings["steps_by_length"])],
+        ),
+        "speed": Table(
+            columns=["decoding", "tokens_per_s", "speed_up", "low", "high", "tokens_per_step",
+                     "draft_ms", "verify_ms", "bookkeeping_ms"],
+            rows=_speed_rows(findings["speed"]["ways"]),
         ),
         "concurrency": Table(
             columns=["concurrency", "plain_tokens_per_s", "speculative_tokens_per_s", "speed_up",
@@ -81,6 +86,18 @@ def _position_rows(positions: Findings) -> list[Row]:
     names = ("offered", "reached", "joint", "conditional")
     columns = [positions[name] for name in names]
     return [[place, *each] for place, each in enumerate(zip(*columns, strict=True), start=1)]
+
+
+def _speed_rows(ways: Findings) -> list[Row]:
+    def milliseconds(each: Findings) -> list[float]:
+        return [1000 * seconds for seconds in each["seconds_per_token"].values()]
+
+    return [
+        [way, each["tokens_per_second"], each["speed_up"], *each["speed_up_interval"],
+         each["tokens_per_step"], *milliseconds(each)]
+        for way, each in ways.items()
+        if each["speed_up"] is not None
+    ]  # fmt: skip
 
 
 def _concurrency_rows(findings: Findings) -> list[Row]:

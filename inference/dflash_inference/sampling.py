@@ -1,24 +1,19 @@
 """What a request asks of sampling, and the one source of chance that decides for it.
 
-The target's distribution is bent by Transformers' own processors, in the order of its `generate`:
-temperature, top-k, top-p, min-p. Every request draws uniform numbers from a generator of its own
-and turns them into tokens by the inverse of the cumulative distribution, so its tokens do not
-depend on the requests beside it. Legend: n rows, V vocabulary.
+The target's distribution is bent by Transformers' own processors, as `regenerate` bends it
+(features/sampling.py): temperature, top-k, top-p, min-p. Every request draws uniform numbers from a
+generator of its own and turns them into tokens by the inverse of the cumulative distribution, so
+its tokens do not depend on the requests beside it. Legend: n rows, V vocabulary.
 """
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import (
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import LogitsProcessorList
 
 from dflash_train.config import require
+from dflash_train.features.sampling import warpers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,14 +61,7 @@ class SamplingParams:
 
     def processors(self) -> LogitsProcessorList:
         """Give what bends the logits of a sampled request, in order."""
-        processors = LogitsProcessorList([TemperatureLogitsWarper(self.temperature)])
-        if self.top_k:
-            processors.append(TopKLogitsWarper(self.top_k))
-        if self.top_p < 1:
-            processors.append(TopPLogitsWarper(self.top_p))
-        if self.min_p:
-            processors.append(MinPLogitsWarper(self.min_p))
-        return processors
+        return warpers(self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p)
 
 
 class TokenSampler:

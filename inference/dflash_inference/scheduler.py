@@ -40,6 +40,11 @@ class Ticket:
         """Whether it has ended, in whichever way."""
         return self.state.finish_reason is not None
 
+    def fail(self, error: Exception) -> None:
+        """End with an error; what has ended stays as it is."""
+        if not self.is_finished:
+            self.error, self.state.finish_reason = error, "error"
+
     def release(self) -> None:
         """Let go of the caches; tokens and steps stay."""
         self.state.target_cache = KeyValueCache(capacity=0)
@@ -195,7 +200,7 @@ class Scheduler:
             for ticket, fields_before in zip(tickets, saved, strict=True):
                 _restore(ticket.state, fields_before)
             if len(tickets) == 1:
-                tickets[0].error, tickets[0].state.finish_reason = error, "error"
+                tickets[0].fail(error)
                 return
             for ticket in tickets:
                 self._step([ticket])

@@ -2,7 +2,8 @@
 
 One process, one decoder, no keys and no limits per client: it listens on this machine alone unless
 a host is given. SIGINT and SIGTERM end running requests with the finish reason `cancelled`, after
-which the log is complete.
+which the log is complete. If the decoder itself fails, all clients are told, and the process ends
+with a traceback and exit code 1: a supervisor may start it again, this process would not.
 """
 
 import ipaddress
@@ -28,10 +29,13 @@ FAREWELL_S = 10
 
 
 class Server(uvicorn.Server):
-    """A server whose first signal ends the requests and whose second ends the process."""
+    """A server whose first signal ends the requests and whose second ends the process.
+
+    It ends with its engine, too.
+    """
 
     def __init__(self, config: uvicorn.Config, engine: Engine) -> None:
-        """Take the engine that the signal stops."""
+        """Take the engine that a signal stops."""
         super().__init__(config)
         self._engine = engine
 
@@ -41,6 +45,10 @@ class Server(uvicorn.Server):
         self.should_exit = True
         self._engine.stop()
 
+    async def on_tick(self, counter: int) -> bool:
+        """Say, ten times a second, whether to end."""
+        return await super().on_tick(counter) or not self._engine.is_running
+
 
 def serve(decoder: SpeculativeDecoder, config: RecipeConfig) -> None:
     """Serve until a signal comes.
@@ -48,6 +56,7 @@ def serve(decoder: SpeculativeDecoder, config: RecipeConfig) -> None:
     Raises:
         ValueError: The recipe's sampling or limits cannot be served.
         UnavailableError: The port is taken, or the log cannot be written.
+        RuntimeError: The decoder has failed; its cause is the error.
     """
     defaults = serving_defaults(decoder, config)
     listening = _listen(config.serve)
@@ -75,6 +84,11 @@ def serve(decoder: SpeculativeDecoder, config: RecipeConfig) -> None:
         engine.close()
         if log is not None:
             log.close()
+    if engine.failure is not None:
+        raise RuntimeError(
+            "The decoder has failed, which is an error in this program; all running requests were "
+            "ended. Please report the lines above, and start the server again."
+        ) from engine.failure
 
 
 def serving_defaults(decoder: SpeculativeDecoder, config: RecipeConfig) -> ServingDefaults:

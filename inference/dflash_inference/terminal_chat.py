@@ -1,7 +1,8 @@
-"""A chat in a terminal that shows which tokens the drafter brought.
+"""A chat in a terminal that shows which tokens came as accepted drafts.
 
-Accepted draft tokens are coloured, the target's own (the first token and each bonus token) are not.
-Colours follow the terminal: none where stdout is none, or NO_COLOR is set.
+Accepted drafts are coloured by who proposed them, the drafter or a copy of earlier text; the
+target's own (the first token and each bonus token) are not. Colours follow the terminal: none where
+stdout is none, or NO_COLOR is set.
 """
 
 from collections.abc import Generator, Iterable, Iterator
@@ -19,7 +20,7 @@ from dflash_train.config import ServingSampling, require
 from dflash_train.records.chat_template import render_request
 from dflash_train.records.conversation import Conversation, Turn
 
-ACCEPTED_STYLE = "green"
+ACCEPTED_STYLES = {"drafter": "green", "lookup": "cyan"}
 FIGURES_STYLE = "dim"
 COMMANDS = {"/exit": "leave", "/clear": "forget the conversation"}
 PROMPT_SIGN = "> "
@@ -32,8 +33,8 @@ class Piece:
     """A bit of an answer as it is shown."""
 
     text: str
-    is_accepted: bool
-    """Whether the drafter brought the token that completed it."""
+    source: str | None
+    """Who drafted the token that completed it: `drafter`, `lookup`, or None: the target's own."""
 
 
 @dataclass(kw_only=True)
@@ -104,10 +105,13 @@ class Chat:
             num_before, num_steps = len(request.token_ids), len(request.steps)
             self.decoder.step([request])
             new_ids = request.token_ids[num_before:]
-            num_accepted = sum(step.num_accepted for step in request.steps[num_steps:])
+            sources = [
+                step.source for step in request.steps[num_steps:] for _ in range(step.num_accepted)
+            ]
             for place, token in enumerate(new_ids):
-                yield Piece(text=text.push([token]), is_accepted=place < num_accepted)
-        yield Piece(text=text.finish(), is_accepted=False)
+                source = sources[place] if place < len(sources) else None
+                yield Piece(text=text.push([token]), source=source)
+        yield Piece(text=text.finish(), source=None)
 
 
 def figures(request: RequestState) -> str:
@@ -119,7 +123,21 @@ def figures(request: RequestState) -> str:
         seconds = sum(step.draft_s + step.verify_s + step.bookkeeping_s for step in steps)
         told.append(f"acceptance length {length:.2f}")
         told.append(f"{(num_tokens - 1) / seconds:.1f} tokens/s")
-    return f"[{', '.join(told)}, prefill {request.prefill_s:.2f} s]"
+    told.append(f"prefill {request.prefill_s:.2f} s")
+    if request.finish_reason == "length":
+        told.append("cut off at serve.max_new_tokens")
+    return f"[{', '.join(told)}]"
+
+
+def greet(console: Console) -> None:
+    """Say what colours and commands mean."""
+    legend = Text.assemble(
+        "Accepted drafts: ", ("from the drafter", ACCEPTED_STYLES["drafter"]), ", ",
+        ("copied from the text before", ACCEPTED_STYLES["lookup"]), "; all else is the target's.\n",
+        " ".join(f"{name}: {what}." for name, what in COMMANDS.items()),
+    )  # fmt: skip
+    console.print(legend, soft_wrap=True)
+    console.print()
 
 
 def show_answer(chat: Chat, question: str, console: Console) -> None:
@@ -131,7 +149,7 @@ def show_answer(chat: Chat, question: str, console: Console) -> None:
     pieces = chat.answer(question)
     try:
         for piece in pieces:
-            style = ACCEPTED_STYLE if piece.is_accepted else ""
+            style = "" if piece.source is None else ACCEPTED_STYLES[piece.source]
             shown = Text(piece.text.translate(_CONTROLS), style=style)
             console.print(shown, end="", soft_wrap=True)
     except KeyboardInterrupt:
@@ -156,6 +174,7 @@ def converse(chat: Chat, questions: Iterable[str], console: Console) -> None:
                 show_answer(chat, question, console)
             except ValueError as error:
                 console.print(Text(str(error)), soft_wrap=True)
+            console.print()
         else:
             known = ", ".join(f"{name} ({what})" for name, what in COMMANDS.items())
             console.print(Text(f"{command} is not a command. Known: {known}."), soft_wrap=True)

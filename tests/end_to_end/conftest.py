@@ -36,6 +36,7 @@ def tiny_overrides(tiny_target_folder: Path) -> list[str]:
         "evaluate.live_traffic=2",
         "evaluate.live_per_set=1",
         "evaluate.live_max_new_tokens=12",
+        "evaluate.fast=false",
         "evaluate.resamples=200",
         "launch.num_threads=1",
     ]

@@ -36,7 +36,7 @@ STAGES = {  # name and output folder
     "train": "checkpoint",
     "evaluate": "traces",
 }
-TIMED = ("live.jsonl", "plain.jsonl", "width1.jsonl")
+TIMED = ("live.jsonl", "live_lookup.jsonl", "plain.jsonl", "width1.jsonl")
 KILLS_PER_STAGE = 4
 LEFT_OUT = "a customer who opted out"
 SIZES = [

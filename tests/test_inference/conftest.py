@@ -143,6 +143,8 @@ def invent_live(folder: Path, generator: np.random.Generator) -> None:
     write_traces(folder / "live.jsonl", live)
     write_traces(folder / "plain.jsonl", [as_plain(trace, seconds=0.029) for trace in live])
     write_traces(folder / "width1.jsonl", [as_plain(trace, seconds=0.031) for trace in live])
+    copied = [as_plain(trace, seconds=0.031 / 1.25) for trace in live]
+    write_traces(folder / "live_lookup.jsonl", copied)
     write_checks(folder / LIVE_CHECK_FILE, checks)
 
 
@@ -239,6 +241,8 @@ def invent_run(runs_dir: Path, *, tenants: dict[str, int] = TENANTS) -> RecipeCo
                 "target_layer_ids": TARGET["target_layer_ids"],
             },
             "live_max_new_tokens": 48,
+            "live_mode": "fast",
+            "dtype": "float32",
         },
     )
     manifest.write(folder)

@@ -1,7 +1,11 @@
 """The endpoint of a tiny target on a free port of this machine, and how its clients see it."""
 
 import json
+import re
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,6 +24,8 @@ from dflash_inference.serve import serving_defaults
 from dflash_train.config import DataConfig, RecipeConfig, ServeConfig, ServingSampling
 
 TIMEOUT_S = 30.0
+START_S = 300.0
+"""Longest wait for a process to listen: a real target is loaded, compiled and measured first."""
 
 
 @dataclass
@@ -138,3 +144,34 @@ def served(
         engine.close()
         if book is not None:
             book.close()
+
+
+@contextmanager
+def serving_process(
+    settings: dict[str, Any], said: Path, *, program: tuple[str, ...] = ("-m", "dflash_train")
+) -> Iterator[tuple["subprocess.Popen[bytes]", str]]:
+    """Run `dflash-train serve` until the block ends; give the process and its address.
+
+    Args:
+        settings: Recipe keys; the port is a free one.
+        said: File that gets what it writes to stderr.
+        program: What Python runs instead of the package.
+    """
+    arguments = [f"{key}={value}" for key, value in {"serve.port": 0, **settings}.items()]
+    command = [sys.executable, *program, "serve", *arguments]
+    with said.open("wb") as stream:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stream)
+    try:
+        yield process, _address(process, said)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _address(process: "subprocess.Popen[bytes]", said: Path) -> str:
+    end = time.monotonic() + START_S
+    while not (found := re.search(r"http://127\.0\.0\.1:\d+", said.read_text())):
+        assert process.poll() is None, said.read_text()
+        assert time.monotonic() < end, "the server does not begin to listen"
+        time.sleep(0.05)
+    return found[0]

@@ -69,6 +69,7 @@ def recipe(tmp_path: Path) -> RecipeConfig:
     config.evaluate.live_traffic = 4
     config.evaluate.live_per_set = 2
     config.evaluate.live_max_new_tokens = BUDGET
+    config.evaluate.fast = False
     return config
 
 
@@ -105,6 +106,7 @@ def test_the_stage_writes_every_trace_and_a_report_can_be_made(
         "foreign-test.jsonl",
         "live-check.json",
         "live.jsonl",
+        "live_lookup.jsonl",
         "lookup-eval-humaneval.jsonl",
         "lookup-test.jsonl",
         "plain.jsonl",

@@ -3,12 +3,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 from rich.console import Console
 
 from dflash_inference.autoregressive import AutoregressiveDecoder
 from dflash_inference.decoder import SpeculativeDecoder
 from dflash_inference.incremental_text import IncrementalText
-from dflash_inference.terminal_chat import Chat, converse, figures, show_answer
+from dflash_inference.lookup_drafts import LookupDrafts
+from dflash_inference.terminal_chat import Chat, converse, figures, greet, show_answer
 from dflash_train.cli import main
 from dflash_train.config import ServingSampling
 from dflash_train.drafter.checkpoint import save_checkpoint
@@ -18,7 +20,7 @@ from dflash_train.records.conversation import Turn
 from dflash_train.testing import save_tiny_target, tiny_drafter, tiny_target, tiny_tokenizer
 from tests.test_inference.test_decoder import KnowingDrafter
 
-GREEN, RESET = "\x1b[32m", "\x1b[0m"
+GREEN, CYAN, RESET = "\x1b[32m", "\x1b[36m", "\x1b[0m"
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +93,7 @@ def test_as_many_pieces_are_accepted_as_drafts_were_committed(knowing_chat: Chat
     assert knowing_chat.last is not None
     steps = knowing_chat.last.steps
     num_accepted = sum(min(step.num_accepted, step.committed) for step in steps)
-    assert sum(piece.is_accepted for piece in pieces) == num_accepted > 20
+    assert sum(piece.source == "drafter" for piece in pieces) == num_accepted > 20
     assert len(pieces) == 40 + 1  # one a token, and what was held back
 
 
@@ -102,13 +104,29 @@ def test_accepted_tokens_are_coloured_and_the_targets_own_are_not(
     show_answer(knowing_chat, "one", screen)
     knowing_chat.clear()
     pieces = [piece for piece in knowing_chat.answer("one") if piece.text.isprintable()]
-    accepted = [piece.text for piece in pieces if piece.is_accepted and piece.text]
+    accepted = [piece.text for piece in pieces if piece.source and piece.text]
     assert len(accepted) > 5
     assert shown(screen).count(GREEN) >= len(accepted)
     assert all(f"{GREEN}{text}{RESET}" in shown(screen) for text in accepted)
-    own = [piece for piece in pieces if piece.text and not piece.is_accepted]
+    own = [piece for piece in pieces if piece.text and not piece.source]
     assert own
     assert f"{GREEN}{own[0].text}{RESET}" not in shown(screen) or own[0].text in accepted
+
+
+def test_copied_tokens_have_a_colour_of_their_own_which_the_greeting_names(target: Target) -> None:
+    decoder = SpeculativeDecoder(target, tiny_drafter(target), policy=LookupDrafts(3))
+    chat = Chat(decoder=decoder, sampling=ServingSampling(), max_new_tokens=200)
+    pieces = list(chat.answer("again and again and again"))
+    assert "lookup" in {piece.source for piece in pieces} <= {"lookup", None}
+    screen = console(coloured=True)
+    chat.clear()
+    show_answer(chat, "again and again and again", screen)
+    assert shown(screen).count(CYAN) == sum(bool(p.source and p.text) for p in pieces)
+    assert GREEN not in shown(screen)
+    greet(screen)
+    assert f"{GREEN}from the drafter{RESET}" in shown(screen)
+    assert f"{CYAN}copied from the text before{RESET}" in shown(screen)
+    assert "/exit: leave." in shown(screen)
 
 
 @pytest.mark.parametrize("no_color", [True, False])
@@ -139,6 +157,7 @@ def test_figures_are_those_of_the_steps(new_chat: Callable[..., Chat]) -> None:
     told = figures(chat.last)
     assert told.startswith(f"[50 tokens, acceptance length {length:.2f}, ")
     assert "tokens/s" in told
+    assert told.endswith(", cut off at serve.max_new_tokens]")
     single = new_chat(max_new_tokens=1)
     list(single.answer("one"))
     assert single.last is not None
@@ -188,6 +207,7 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         f"checkpoint={folder / 'drafter'}",
         f"target.name_or_path={save_tiny_target(folder / 'tiny')}",
         "serve.fast=false",
+        "serve.adaptive=false",
         "serve.max_new_tokens=12",
     ]
 
@@ -209,6 +229,30 @@ def test_lines_of_stdin_are_questions(
     output = capsys.readouterr().out
     assert output.count("prefill") == 2
     assert "\x1b[" not in output
+
+
+OWN_KEYS = [("generate", "prompt=Hi"), ("inspect", "index=0"), ("export-dataset", "license=x")]
+"""Verbs that take a key which is no part of the recipe."""
+
+
+@pytest.mark.parametrize(("verb", "key"), OWN_KEYS)
+def test_a_recipe_is_printed_and_nothing_else_done(
+    command: list[str], capsys: pytest.CaptureFixture[str], verb: str, key: str
+) -> None:
+    assert main([verb, key, "--print-recipe", *command]) == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["serve"]["max_new_tokens"] == 12
+    assert f"checkpoint={printed['checkpoint']}" == command[0]
+
+
+@pytest.mark.parametrize(("verb", "key"), OWN_KEYS)
+def test_a_verb_that_foretells_nothing_refuses_a_dry_run(
+    command: list[str], capsys: pytest.CaptureFixture[str], verb: str, key: str
+) -> None:
+    assert main([verb, key, "--dry-run", *command]) == 2
+    said = capsys.readouterr()
+    assert f"--dry-run is for ingest, regenerate, collect, not for `{verb}`" in said.err
+    assert said.out == ""
 
 
 @pytest.mark.parametrize("verb", ["generate", "serve"])

@@ -348,14 +348,61 @@ def test_tables_hold_the_figures_and_reach_wandb_offline(
     found = read_findings(measured_run)
     tables = report_tables(found)
     assert set(tables) == {
-        "acceptance_length", "draft_positions", "num_accepted", "concurrency", "predictions",
+        "acceptance_length", "draft_positions", "num_accepted", "speed", "concurrency",
+        "predictions",
     }  # fmt: skip
     assert all(len(row) == len(table.columns) for table in tables.values() for row in table.rows)
     first = tables["acceptance_length"].rows[0]
     assert first[:3] == ["traffic", "all", found["acceptance_length"]["pooled"]]
     assert sum(steps for _, steps in tables["num_accepted"].rows) == first[-2]
+    ways = {row[0]: row for row in tables["speed"].rows}
+    assert ways["prompt_lookup"][2] == pytest.approx(1.25)
+    assert sum(ways["width_one"][-3:]) == pytest.approx(31.0)
     wandb.teardown()
     written = list(measured_run.run_dir.glob("wandb/offline-run-*/files/media/table/report/*.json"))
     assert len(written) == len(tables)
     lengths = next(path for path in written if path.name.startswith("acceptance_length"))
     assert orjson.loads(lengths.read_bytes())["data"][0][:2] == ["traffic", "all"]
+
+
+def test_ways_of_decoding_share_one_measure_and_their_parts_add_up(
+    invented_run: RecipeConfig, findings: Findings, folder: Path
+) -> None:
+    speed = findings["speed"]
+    ways, setting = speed["ways"], speed["setting"]
+    assert ways["width_one"]["speed_up"] == pytest.approx(1.0)
+    assert ways["transformers"]["speed_up"] == pytest.approx(0.031 / 0.029)
+    assert ways["prompt_lookup"]["speed_up"] == pytest.approx(1.25)
+    assert ways["drafter"]["speed_up"] == speed["speed_up"]
+    traces = read_traces(invented_run.run_dir / "traces" / "live.jsonl")
+    tokens = sum(len(trace.output_ids) - 1 for trace in traces)
+    seconds = sum(trace.decode_s for trace in traces)
+    per_token = ways["drafter"]["seconds_per_token"]
+    assert sum(per_token.values()) == pytest.approx(seconds / tokens)
+    assert per_token["draft"] == pytest.approx(0.2 * seconds / tokens)
+    assert ways["drafter"]["wall_seconds"] == pytest.approx(seconds)  # invented without prefill
+    assert (setting["mode"], setting["dtype"]) == ("fast", "float32")
+    assert (
+        "Prompt lookup on the same passes: 1.25 (1.25 to 1.25)."
+        in write_sentences(findings)["speed"]
+    )
+    row = "| prompt lookup | 40.3 | 1.25 (1.25 to 1.25) | 1.00 | 0.00 | 24.80 | 0.00 | 24.80 |"
+    assert row in (folder / "report.md").read_text()
+
+
+def test_an_evaluation_of_an_earlier_version_is_reported_without_prompt_lookup(
+    small_run: RecipeConfig,
+) -> None:
+    traces = small_run.run_dir / "traces"
+    (traces / "live_lookup.jsonl").unlink()
+    manifest = Manifest.read(traces)
+    assert manifest is not None
+    manifest.outputs = [each for each in manifest.outputs if each.path != "live_lookup.jsonl"]
+    del manifest.details["live_mode"], manifest.details["dtype"]
+    manifest.write(traces)
+    report(small_run, manifest=Manifest(stage="report", recipe_hash="sha256:0"))
+    found = read_findings(small_run)
+    assert list(found["speed"]["ways"]) == ["transformers", "width_one", "drafter"]
+    assert found["speed"]["setting"]["dtype"] is None
+    assert "Prompt lookup was not timed." in write_sentences(found)["speed"]
+    check_schema(found)

@@ -90,8 +90,10 @@ class Endpoint:
 
     async def health(self, request: Request) -> Response:
         """Say whether requests are taken."""
-        is_up = self.engine.is_running
-        return _json({"status": "ok" if is_up else "closing"}, status=200 if is_up else 503)
+        if self.engine.is_running:
+            return _json({"status": "ok"})
+        status = "closing" if self.engine.failure is None else "failed"
+        return _json({"status": status}, status=503)
 
     async def metrics(self, request: Request) -> Response:
         """Give the counts as Prometheus text."""
@@ -173,13 +175,7 @@ class Call:
         async for new_ids in self.stream:
             text = self._take(new_ids)
             if self.stream.finish_reason == "error":
-                kind = type(self.stream.ticket.error).__name__
-                raise RefusedError(
-                    f"Decoding this request failed ({kind}); others are not affected. Send it "
-                    "again.",
-                    status=500,
-                    kind="server_error",
-                )
+                raise RefusedError(self._what_failed(), status=500, kind="server_error")
             yield text, new_ids
 
     async def whole(self) -> Answer:
@@ -205,6 +201,13 @@ class Call:
                 ended=time.time(),
                 session=self._session,
             )
+
+    def _what_failed(self) -> str:
+        engine = self.endpoint.engine
+        if engine.failure is not None:
+            return engine.why_not()
+        kind = type(self.stream.ticket.error).__name__
+        return f"Decoding this request failed ({kind}); others are not affected. Send it again."
 
     def _take(self, new_ids: list[int]) -> str:
         """Add what a step brought to the answer and give the text that is certain now."""
