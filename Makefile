@@ -9,7 +9,8 @@ NOT_IN_TEST := not gpu and not slow and not soak
 TEST_ENV := HF_HUB_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test quick check soak mutants official-check drafter \
+.PHONY: help demo test quick check soak mutants official-check formats-check drafter \
+  serve-check llama-check \
   bench-train bench-growth bench-ingest bench-privacy bench-store bench-collect bench-decode clean
 
 help:  ## list the targets
@@ -39,8 +40,22 @@ official-check: $(VENV)/.stamp-dev  ## after demo: our decoder against the PyPI 
 	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/official dflash==0.1.0
 	PYTHONPATH=$(VENV)/official $(TEST_ENV) $(BIN)/python tests/end_to_end/official_package.py
 
+formats-check: $(VENV)/.stamp-rivals  ## do others load what we export, and we theirs? CHECKPOINT=DIR TARGET=NAME
+	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/official dflash==0.1.0
+	PYTHONPATH=$(VENV)/official:$(VENV)/rivals/speculators:$(VENV)/rivals/specforge $(TEST_ENV) \
+	  $(BIN)/python tests/end_to_end/formats_check.py \
+	  $(if $(CHECKPOINT),--checkpoint $(CHECKPOINT) --target "$(TARGET)")
+
 drafter: $(VENV)/.stamp-demo  ## train the best SmolLM2 drafter into the cache: GSM8K=DIR
 	$(BIN)/python benchmarks/gsm8k.py drafter $(if $(GSM8K),--gsm8k "$(GSM8K)") $(SETTINGS)
+
+serve-check: $(VENV)/.stamp-dev  ## after drafter: both dialects in a real vLLM: GSM8K=DIR
+	$(BIN)/dflash-train serve-check recipe=gsm8k dialects=zlab,speculators demand=true \
+	  checkpoint="$$($(BIN)/python benchmarks/gsm8k.py drafter | tail -n 1)" \
+	  prompts="$(GSM8K)/gsm8k_smollm2/test-64.jsonl" $(SETTINGS)
+
+llama-check: $(VENV)/.stamp-dev  ## after drafter: llama.cpp's own converter; SETTINGS=--run runs it, too
+	$(BIN)/python tests/end_to_end/llama_check.py $(SETTINGS)
 
 bench-train: $(VENV)/.stamp-rivals  ## one optimiser step beside three rivals, on an idle machine
 	$(BIN)/python -m benchmarks.bench_train --rivals $(VENV)/rivals

@@ -18,8 +18,10 @@ from rich.console import Console
 from dflash_train.config import RecipeConfig, UnavailableError, compose, require, to_plain
 from dflash_train.release.finding import Status
 from dflash_train.release.inspection import print_view, read_choice
-from dflash_train.stages import judgement, serving, tools
+from dflash_train.stages import judgement, pushing, serve_check, serving, tools
 from dflash_train.stages.estimates import ESTIMATES
+from dflash_train.stages.examination import Scope, examine_checkpoint
+from dflash_train.stages.exporting import export_checkpoint
 from dflash_train.stages.publication import export_dataset
 from dflash_train.stages.table import stage_named
 from dflash_train.stages.walk import run, run_stage
@@ -36,9 +38,13 @@ VERBS = {
     "compare": "two runs, reports or trace files: A B [first_difference=true] [json=true]",
     "generate": "chat in this terminal, accepted tokens coloured: checkpoint=DIR [prompt=TEXT]",
     "serve": "OpenAI endpoint to try a drafter and record traffic: checkpoint=DIR [serve.log=FILE]",
+    "costs": "time draft and verify passes on this machine: checkpoint=DIR [--force]",
     "inspect": "print a conversation, supervised tokens coloured: id=ID or index=N [split=NAME]",
+    "export": "a drafter for servers: checkpoint=DIR format=zlab|speculators out=DIR",
+    "push": "a drafter and its card to the Hub: repo_id=OWNER/NAME license=ID [private=false]",
     "export-dataset": "conversations -> a repository for `datasets`: license=ID [out=DIR]",
-    "doctor": "check a drafter against its target: checkpoint=DIR target.name_or_path=NAME",
+    "doctor": "check a drafter: checkpoint=DIR [target.name_or_path=NAME], or recipe=NAME",
+    "serve-check": "the drafter in a real vLLM against our decoder: checkpoint=DIR [prompts=FILE]",
     "sample-traffic": "play a simulated fleet of clients: out=FILE [seed=0] [requests=600]",
 }
 
@@ -91,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="ingest, regenerate, collect: print calls or tokens, disk, time; stop",
+        help="ingest, regenerate, collect, push: print what it would take; stop",
     )
     return parser
 
@@ -99,23 +105,29 @@ def _parser() -> argparse.ArgumentParser:
 def _run_verb(parsed: argparse.Namespace) -> int:
     if parsed.verb == "inspect":
         return _inspect(parsed)
+    if parsed.verb == "export":
+        return _export(parsed)
+    if parsed.verb == "push":
+        return _push(parsed)
     if parsed.verb == "export-dataset":
         return _export_dataset(parsed)
     if parsed.verb == "generate":
         return _generate(parsed)
+    if parsed.verb == "serve-check":
+        return _serve_check(parsed)
     gate, overrides = judgement.Gate(), parsed.overrides
     if parsed.verb in judgement.GATE_VERBS:
         gate, overrides = judgement.read_gate(overrides)
     config = compose(overrides, parsed.recipes)
-    if parsed.print_recipe:
-        print(OmegaConf.to_yaml(OmegaConf.create(to_plain(config))), end="")
+    if _only_shows(parsed, config):
         return 0
-    if parsed.dry_run:
-        return _estimate(parsed.verb, config)
     if parsed.verb == "doctor":
-        return _examine(config)
+        return _examine(config, parsed.overrides)
     if parsed.verb == "serve":
         serving.serve(config)
+        return 0
+    if parsed.verb == "costs":
+        print(serving.measure_costs(config, force=parsed.force))
         return 0
     if parsed.verb == "run":
         run(config, force=parsed.force)
@@ -131,7 +143,16 @@ def _run_verb(parsed: argparse.Namespace) -> int:
     return code
 
 
-def _estimate(verb: str, config: RecipeConfig) -> int:
+def _only_shows(parsed: argparse.Namespace, config: RecipeConfig) -> bool:
+    """Print the recipe or what the verb would take, if a flag says to, and whether that is all."""
+    if parsed.print_recipe:
+        print(OmegaConf.to_yaml(OmegaConf.create(to_plain(config))), end="")
+    elif parsed.dry_run:
+        _estimate(parsed.verb, config)
+    return parsed.print_recipe or parsed.dry_run
+
+
+def _estimate(verb: str, config: RecipeConfig) -> None:
     """Print what a stage would take."""
     require(
         verb in ESTIMATES,
@@ -139,13 +160,14 @@ def _estimate(verb: str, config: RecipeConfig) -> int:
     )
     for line in ESTIMATES[verb](config):
         print(line)
-    return 0
 
 
 def _inspect(parsed: argparse.Namespace) -> int:
     """Print one conversation; the keys that choose it are no part of the recipe."""
     choice, overrides = read_choice(parsed.overrides)
     config = compose(overrides, parsed.recipes)
+    if _only_shows(parsed, config):
+        return 0
     print_view(tools.view_conversation(config, choice), Console())
     return 0
 
@@ -160,8 +182,45 @@ def _export_dataset(parsed: argparse.Namespace) -> int:
         else:
             overrides.append(argument)
     config = compose(overrides, parsed.recipes)
+    if _only_shows(parsed, config):
+        return 0
     out = Path(chosen["out"]) if chosen["out"] else None
     print(export_dataset(config, license_id=chosen["license"], out=out))
+    return 0
+
+
+def _export(parsed: argparse.Namespace) -> int:
+    """Write a drafter in another dialect; format and folder are no part of the recipe."""
+    chosen, overrides = {"format": "", "out": ""}, []
+    for argument in parsed.overrides:
+        key, _, value = argument.partition("=")
+        if key in chosen:
+            chosen[key] = value
+        else:
+            overrides.append(argument)
+    config = compose(overrides, parsed.recipes)
+    if _only_shows(parsed, config):
+        return 0
+    written = export_checkpoint(config, format_name=chosen["format"], out=chosen["out"])
+    for remark in written.remarks:
+        print(f"export: {remark}", file=sys.stderr)
+    print(written.folder)
+    return 0
+
+
+def _push(parsed: argparse.Namespace) -> int:
+    """Upload a drafter, or print what would be; the repository is no part of the recipe."""
+    request, overrides = pushing.read_request(parsed.overrides)
+    config = compose(overrides, parsed.recipes)
+    if parsed.print_recipe:
+        _only_shows(parsed, config)
+        return 0
+    publication = pushing.prepare(config, request, Scope.of(overrides))
+    if parsed.dry_run or request.dry_run:
+        print("\n".join(publication.lines()))
+        return 0
+    print("\n".join(publication.lines()), file=sys.stderr)
+    print(pushing.push(publication).url)
     return 0
 
 
@@ -170,18 +229,30 @@ def _generate(parsed: argparse.Namespace) -> int:
     prefix = "prompt="
     prompts = [each.removeprefix(prefix) for each in parsed.overrides if each.startswith(prefix)]
     overrides = [each for each in parsed.overrides if not each.startswith(prefix)]
-    serving.generate(compose(overrides, parsed.recipes), prompts[-1] if prompts else None)
+    config = compose(overrides, parsed.recipes)
+    if not _only_shows(parsed, config):
+        serving.generate(config, prompts[-1] if prompts else None)
     return 0
 
 
-def _examine(config: RecipeConfig) -> int:
+def _examine(config: RecipeConfig, overrides: list[str]) -> int:
     """Print the doctor's findings, one a line; 1 if a check failed."""
-    findings = tools.examine_checkpoint(config)
+    findings = examine_checkpoint(config, Scope.of(overrides))
     for finding in findings:
         print(finding)
-    num_failed = sum(finding.status is Status.failed for finding in findings)
-    print(f"{num_failed} of {len(findings)} checks failed")
+    num_failed, num_skipped = (
+        sum(finding.status is status for finding in findings)
+        for status in (Status.failed, Status.skipped)
+    )
+    print(f"{num_failed} of {len(findings)} checks failed, {num_skipped} skipped")
     return 1 if num_failed else 0
+
+
+def _serve_check(parsed: argparse.Namespace) -> int:
+    """Check a drafter in a server; prompts and server are no part of the recipe."""
+    choice, overrides = serve_check.read_choice(parsed.overrides)
+    config = compose(overrides, parsed.recipes)
+    return 0 if _only_shows(parsed, config) else serve_check.serve_check(config, choice)
 
 
 def _play_fleet(overrides: list[str]) -> int:

@@ -38,12 +38,19 @@ THIRD_PARTY = {
     "deepspeed": (),
     "huggingface_hub": (
         "dflash_train.release.hub",
+        "dflash_train.release.resolve",
         "dflash_train.features.target_folder",  # looks into the local cache, never asks the Hub
     ),
     "hydra": ("dflash_train.cli", "dflash_train.config"),
     "omegaconf": ("dflash_train.cli", "dflash_train.config"),
-    "triton": ("dflash_kernels",),
-    "vllm": ("dflash_data.collect.vllm_capture",),  # in an environment of its own
+    "triton": (
+        "dflash_kernels",
+        "dflash_inference.serve_check.vllm_worker",  # in vLLM's environment
+    ),
+    "vllm": (  # in an environment of its own
+        "dflash_data.collect.vllm_capture",
+        "dflash_inference.serve_check.vllm_worker",
+    ),
     "wandb": ("dflash_train.training.tracking",),
 }
 
@@ -282,7 +289,7 @@ PLANTED = [
     ("dflash_train.training.batching", "from accelerate import Accelerator", "only dflash_train."),
     ("dflash_data.collect.stage", "from accelerate import Accelerator", "imports accelerate"),
     ("dflash_train.training.trainer", "import deepspeed", "only no module may"),
-    ("dflash_train.drafter.model", "def f():\n    import triton", "only dflash_kernels may"),
+    ("dflash_train.drafter.model", "def f():\n    import triton", "only dflash_kernels,"),
     ("dflash_data.executor", "from omegaconf import OmegaConf", "imports omegaconf"),
     ("dflash_train.training.trainer", "import wandb", "imports wandb"),
     ("dflash_train.features.target", "import huggingface_hub", "imports huggingface_hub"),

@@ -1,0 +1,1 @@
+"""What runs in vLLM's environment, where nothing of ours is installed: it imports none of it."""
