@@ -15,7 +15,14 @@ from pathlib import Path
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from dflash_train.config import RecipeConfig, UnavailableError, compose, require, to_plain
+from dflash_train.config import (
+    RecipeConfig,
+    UnavailableError,
+    compose,
+    require,
+    take_keys,
+    to_plain,
+)
 from dflash_train.release.finding import Status
 from dflash_train.release.inspection import print_view, read_choice
 from dflash_train.stages import judgement, pushing, serve_check, serving, tools
@@ -97,24 +104,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="ingest, regenerate, collect, push: print what it would take; stop",
+        help="ingest, regenerate, collect, train, push: print what it would take; stop",
     )
     return parser
 
 
 def _run_verb(parsed: argparse.Namespace) -> int:
-    if parsed.verb == "inspect":
-        return _inspect(parsed)
-    if parsed.verb == "export":
-        return _export(parsed)
-    if parsed.verb == "push":
-        return _push(parsed)
-    if parsed.verb == "export-dataset":
-        return _export_dataset(parsed)
-    if parsed.verb == "generate":
-        return _generate(parsed)
-    if parsed.verb == "serve-check":
-        return _serve_check(parsed)
+    if parsed.verb in _WITH_OWN_KEYS:
+        return _WITH_OWN_KEYS[parsed.verb](parsed)
     gate, overrides = judgement.Gate(), parsed.overrides
     if parsed.verb in judgement.GATE_VERBS:
         gate, overrides = judgement.read_gate(overrides)
@@ -158,6 +155,8 @@ def _estimate(verb: str, config: RecipeConfig) -> None:
         verb in ESTIMATES,
         f"--dry-run is for {', '.join(ESTIMATES)}, not for `{verb}`. Leave it out.",
     )
+    if os.environ.get("RANK", "0") != "0":  # one plan, however many processes there are
+        return
     for line in ESTIMATES[verb](config):
         print(line)
 
@@ -174,34 +173,24 @@ def _inspect(parsed: argparse.Namespace) -> int:
 
 def _export_dataset(parsed: argparse.Namespace) -> int:
     """Write a dataset repository; licence and folder are no part of the recipe."""
-    chosen, overrides = {"license": "", "out": ""}, []
-    for argument in parsed.overrides:
-        key, _, value = argument.partition("=")
-        if key in chosen:
-            chosen[key] = value
-        else:
-            overrides.append(argument)
+    chosen, overrides = take_keys(parsed.overrides, ("license", "out"))
     config = compose(overrides, parsed.recipes)
     if _only_shows(parsed, config):
         return 0
-    out = Path(chosen["out"]) if chosen["out"] else None
-    print(export_dataset(config, license_id=chosen["license"], out=out))
+    out = Path(chosen["out"]) if chosen.get("out") else None
+    print(export_dataset(config, license_id=chosen.get("license", ""), out=out))
     return 0
 
 
 def _export(parsed: argparse.Namespace) -> int:
     """Write a drafter in another dialect; format and folder are no part of the recipe."""
-    chosen, overrides = {"format": "", "out": ""}, []
-    for argument in parsed.overrides:
-        key, _, value = argument.partition("=")
-        if key in chosen:
-            chosen[key] = value
-        else:
-            overrides.append(argument)
+    chosen, overrides = take_keys(parsed.overrides, ("format", "out"))
     config = compose(overrides, parsed.recipes)
     if _only_shows(parsed, config):
         return 0
-    written = export_checkpoint(config, format_name=chosen["format"], out=chosen["out"])
+    written = export_checkpoint(
+        config, format_name=chosen.get("format", ""), out=chosen.get("out", "")
+    )
     for remark in written.remarks:
         print(f"export: {remark}", file=sys.stderr)
     print(written.folder)
@@ -226,12 +215,10 @@ def _push(parsed: argparse.Namespace) -> int:
 
 def _generate(parsed: argparse.Namespace) -> int:
     """Chat; a single prompt is no part of the recipe."""
-    prefix = "prompt="
-    prompts = [each.removeprefix(prefix) for each in parsed.overrides if each.startswith(prefix)]
-    overrides = [each for each in parsed.overrides if not each.startswith(prefix)]
+    chosen, overrides = take_keys(parsed.overrides, ("prompt",))
     config = compose(overrides, parsed.recipes)
     if not _only_shows(parsed, config):
-        serving.generate(config, prompts[-1] if prompts else None)
+        serving.generate(config, chosen.get("prompt"))
     return 0
 
 
@@ -257,13 +244,13 @@ def _serve_check(parsed: argparse.Namespace) -> int:
 
 def _play_fleet(overrides: list[str]) -> int:
     settings = {"out": "", "seed": "0", "requests": "600"}
-    for override in overrides:
-        key, separator, value = override.partition("=")
-        require(
-            bool(separator) and key in settings,
-            f"sample-traffic: {override!r} is not understood. Known keys: {', '.join(settings)}.",
-        )
-        settings[key] = value
+    chosen, unknown = take_keys(overrides, settings)
+    require(
+        not unknown,
+        f"sample-traffic: {', '.join(map(repr, unknown))} is not understood. Known keys: "
+        f"{', '.join(settings)}.",
+    )
+    settings |= chosen
     require(bool(settings["out"]), "sample-traffic: out must be set: add out=FILE.")
     numbers = {key: _whole_number(key, settings[key]) for key in ("seed", "requests")}
     out = Path(settings["out"])
@@ -278,6 +265,16 @@ def _whole_number(key: str, text: str) -> int:
     require(text.isdigit(), f"sample-traffic: {key} (={text}) must be a whole number, 0 or more.")
     return int(text)
 
+
+_WITH_OWN_KEYS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "inspect": _inspect,
+    "export": _export,
+    "push": _push,
+    "export-dataset": _export_dataset,
+    "generate": _generate,
+    "serve-check": _serve_check,
+}
+"""Verbs with keys that are no part of the recipe."""
 
 if __name__ == "__main__":
     sys.exit(main())

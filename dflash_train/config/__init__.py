@@ -31,6 +31,7 @@ from dflash_train.config.models import (
     Dtype,
     TargetConfig,
 )
+from dflash_train.config.own_keys import take_keys
 from dflash_train.config.recipe import (
     EvaluateConfig,
     ExecutorConfig,
@@ -87,4 +88,5 @@ __all__ = [
     "require",
     "set_name",
     "to_plain",
+    "take_keys",
 ]  # fmt: skip

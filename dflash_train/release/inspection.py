@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.text import Text
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from dflash_train.config import ServingSampling, require
+from dflash_train.config import ServingSampling, require, take_keys
 from dflash_train.records.chat_template import (
     RenderedRow,
     UnstableBoundaryError,
@@ -71,14 +71,7 @@ def read_choice(arguments: list[str]) -> tuple[Choice, list[str]]:
     Raises:
         ValueError: Not exactly one of id and index is there, or index is no whole number.
     """
-    found: dict[str, str] = {}
-    others: list[str] = []
-    for argument in arguments:
-        key, _, value = argument.partition("=")
-        if key in ("id", "index", "split"):
-            found[key] = value
-        else:
-            others.append(argument)
+    found, others = take_keys(arguments, ("id", "index", "split"))
     require(
         ("id" in found) != ("index" in found),
         "id or index must be set, one of them: add id=sha256:... or index=0.",

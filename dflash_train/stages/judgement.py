@@ -6,7 +6,7 @@ from pathlib import Path
 
 import orjson
 
-from dflash_train.config import EvaluateConfig, RecipeConfig, require
+from dflash_train.config import EvaluateConfig, RecipeConfig, require, take_keys
 
 GATE_VERBS = ("report", "run")
 """Verbs whose end a gate can stand at."""
@@ -32,7 +32,7 @@ def read_gate(arguments: list[str]) -> tuple[Gate, list[str]]:
     Raises:
         ValueError: The limit is no number, or the baseline no file.
     """
-    found, others = _take(arguments, ("fail_under", "baseline"))
+    found, others = take_keys(arguments, ("fail_under", "baseline"))
     baseline = Path(found["baseline"]) if "baseline" in found else None
     require(
         baseline is None or baseline.is_file(),
@@ -84,7 +84,7 @@ def compare(arguments: list[str]) -> int:
     from dflash_inference.compare import compare_places, find_differences
 
     keys = ("kind", "first_difference", "clipped", "json", "resamples", "seed")
-    words, places = _take(arguments, keys)
+    words, places = take_keys(arguments, keys)
     unknown = [place for place in places if "=" in place and not Path(place).exists()]
     require(
         not unknown,
@@ -117,18 +117,6 @@ def compare(arguments: list[str]) -> int:
     else:
         print("\n".join(found.lines()))
     return code
-
-
-def _take(arguments: list[str], keys: tuple[str, ...]) -> tuple[dict[str, str], list[str]]:
-    found: dict[str, str] = {}
-    others: list[str] = []
-    for argument in arguments:
-        key, separator, value = argument.partition("=")
-        if separator and key in keys:
-            found[key] = value
-        else:
-            others.append(argument)
-    return found, others
 
 
 def _flag(key: str, words: dict[str, str]) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from dflash_train.config import RecipeConfig, require
+from dflash_train.config import RecipeConfig, require, take_keys
 from dflash_train.drafter.checkpoint import CONFIG_NAME, WEIGHTS_NAME, read_config
 from dflash_train.drafter.metadata import (
     METADATA_NAME,
@@ -104,18 +104,12 @@ def read_request(arguments: list[str]) -> tuple[PushRequest, list[str]]:
             licence is missing.
     """
     names = PushRequest.__dataclass_fields__
-    found: dict[str, str | bool] = {}
-    others: list[str] = []
-    for argument in arguments:
-        key, separator, value = argument.partition("=")
-        if not separator or key not in names:
-            others.append(argument)
-        elif not value:
-            found.pop(key, None)
-        elif isinstance(names[key].default, bool):
-            found[key] = _flag(key, value)
-        else:
-            found[key] = value
+    words, others = take_keys(arguments, names)
+    found = {
+        key: _flag(key, word) if isinstance(names[key].default, bool) else word
+        for key, word in words.items()
+        if word
+    }
     request = PushRequest(**found)  # type: ignore[arg-type]
     require(
         is_hub_id(request.repo_id),

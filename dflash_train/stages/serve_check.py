@@ -19,7 +19,7 @@ from typing import Any
 
 import orjson
 
-from dflash_train.config import RecipeConfig, require
+from dflash_train.config import RecipeConfig, require, take_keys
 from dflash_train.features.target import Target, load_target
 from dflash_train.features.target_folder import dflash_home
 from dflash_train.features.target_weights import locate_target
@@ -55,15 +55,8 @@ def read_choice(arguments: list[str]) -> tuple[ServeCheck, list[str]]:
     Raises:
         ValueError: A value is not of its key's kind.
     """
-    known = {each.name for each in fields(ServeCheck)}
-    words: dict[str, Any] = {}
-    overrides: list[str] = []
-    for argument in arguments:
-        key, separator, value = argument.partition("=")
-        if separator and key in known:
-            words[key] = value
-        else:
-            overrides.append(argument)
+    found, overrides = take_keys(arguments, {each.name for each in fields(ServeCheck)})
+    words: dict[str, Any] = dict(found)
     for key in words.keys() & {"num_prompts", "max_new_tokens"}:
         is_number = words[key].isdecimal() and int(words[key]) > 0
         require(is_number, f"serve-check: {key} (={words[key]}) must be a whole number above 0.")

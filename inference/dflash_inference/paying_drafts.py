@@ -2,7 +2,9 @@
 
 Before drafting, each way of taking a step is priced in tokens per second: the target alone, the
 drafter's block, a copy of earlier text. Tokens come from running acceptance, seconds from the cost
-table of this machine, and the best way is taken. A request's neighbours are taken to do as it does.
+table of this machine. A request's number of drafts is chosen as if its neighbours did the same; who
+asks the drafter is chosen for all requests of the step together, since a draft for one of eight
+costs far more than an eighth of a draft for eight.
 
 Once a draft is there, more of it is verified as long as what is gained exceeds what the time would
 have earned elsewhere. Where the drafter has a confidence head (DSpark), its estimate stands for the
@@ -20,7 +22,7 @@ probes are paid from a fund: a small share of the seconds spent without drafting
 earlier probes won. The loss by probing is bounded by that share.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -53,14 +55,33 @@ def match_class(match_length: int) -> int:
 NUM_MATCH_CLASSES = 5
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Offer:
     """One way of taking a step."""
 
     number: int
     """Drafts verified."""
+    tokens: float
+    """Expected to be committed."""
     tokens_per_s: float
     """Of one request, when all of the step do the same."""
+
+
+NOTHING = Offer(number=0, tokens=0.0, tokens_per_s=0.0)
+
+
+@dataclass(kw_only=True)
+class _Ways:
+    """How one request may take the next step."""
+
+    plain: Offer
+    copied: Offer
+    drafter: Offer
+
+    @property
+    def undrafted(self) -> Offer:
+        """The better one of those that need no drafter."""
+        return max(self.plain, self.copied, key=lambda offer: offer.tokens_per_s)
 
 
 @dataclass(kw_only=True)
@@ -76,7 +97,7 @@ class _History:
     """Tokens at the last decision."""
     copy: Copy | None = None
     """What lookup offered there, used or not."""
-    best: Offer = field(default_factory=lambda: Offer(number=0, tokens_per_s=0.0))
+    best: Offer = NOTHING
     """The best way at the last decision."""
     confidence: list[float] | None = None
     """The drafter's own estimates at the last draft."""
@@ -120,7 +141,18 @@ class PayingDrafts:
         self._batch = max(1, len(requests))
         for request in requests:
             self._learn(request, self._history(request))
-        return [self._choose(request, self._history(request)) for request in requests]
+        ways = [self._ways(request, self._history(request)) for request in requests]
+        asking, tokens_per_s = self._who_drafts(ways)
+        return [
+            self._take(
+                request,
+                self._history(request),
+                way,
+                drafts=index in asking,
+                tokens_per_s=tokens_per_s,
+            )
+            for index, (request, way) in enumerate(zip(requests, ways, strict=True))
+        ]
 
     def num_verified(self, request: RequestState, draft: Draft) -> int:
         """Give how many drafts pay, decided from left to right, and at least one."""
@@ -140,24 +172,61 @@ class PayingDrafts:
         factor = self._came_true / self._promised if self._promised else 1.0
         return [min(1.0, factor * each) for each in confidence]
 
-    def _choose(self, request: RequestState, history: _History) -> Draft | None:
+    def _ways(self, request: RequestState, history: _History) -> _Ways:
+        """Price what a request can do, its neighbours taken to do the same."""
         room = request.num_drafts(self._num_drafts)
-        plain = Offer(number=0, tokens_per_s=1 / self._costs.verify_s(1, batch=self._batch))
-        drafter = self._best_offer(self._drafter_rates(history)[:room], self._draft_s)
-        copied = self._copy_offer(request, history)
         history.num_tokens, history.is_probe = len(request.token_ids), False
-        history.best = max(plain, copied, drafter, key=lambda offer: offer.tokens_per_s)
-        if history.best is drafter or self._is_time_to_probe(history, room):
+        plain_s = self._costs.verify_s(1, batch=self._batch)
+        return _Ways(
+            plain=Offer(number=0, tokens=1.0, tokens_per_s=1 / plain_s),
+            copied=self._copy_offer(request, history),
+            drafter=self._best_offer(self._drafter_rates(history)[:room], self._draft_s),
+        )
+
+    def _who_drafts(self, ways: list[_Ways]) -> tuple[set[int], float]:
+        """Choose which requests ask the drafter: those who gain most, as many as pay.
+
+        Returns:
+            Their indices, and the expected tokens per second of one request in such a step.
+        """
+        gains = [way.drafter.tokens - way.undrafted.tokens for way in ways]
+        able = [index for index, way in enumerate(ways) if way.drafter.number]
+        order = sorted(able, key=lambda index: gains[index], reverse=True)
+        rates = []
+        for number in range(len(order) + 1):
+            asking = set(order[:number])
+            taken = [w.drafter if i in asking else w.undrafted for i, w in enumerate(ways)]
+            width = 1 + sum(offer.number for offer in taken) / self._batch
+            seconds = self._costs.verify_s(width, batch=self._batch)
+            if number:
+                seconds += self._costs.draft_s(batch=number)
+            rates.append(sum(offer.tokens for offer in taken) / (self._batch * seconds))
+        best = max(range(len(rates)), key=rates.__getitem__, default=0)
+        return set(order[:best]), rates[best]
+
+    def _take(
+        self,
+        request: RequestState,
+        history: _History,
+        way: _Ways,
+        *,
+        drafts: bool,
+        tokens_per_s: float,
+    ) -> Draft | None:
+        """Take the way that was chosen, or ask the drafter for a probe."""
+        chosen = way.drafter if drafts else way.undrafted
+        history.best = replace(chosen, tokens_per_s=tokens_per_s)
+        if drafts or self._is_time_to_probe(history, request.num_drafts(self._num_drafts)):
             return None
-        if history.best is plain:
+        if not chosen.number:
             return no_draft()
         assert history.copy is not None
-        return draft_of(history.copy, copied.number)
+        return draft_of(history.copy, chosen.number)
 
     def _copy_offer(self, request: RequestState, history: _History) -> Offer:
         history.copy = copy_for(request, self._num_copied) if self._num_copied else None
         if history.copy is None or not len(history.copy.tokens):
-            return Offer(number=0, tokens_per_s=0.0)
+            return NOTHING
         kind = match_class(history.copy.match_length)
         expected = self._shared_copies[kind].rates_from(FIRST_GUESS)
         rates = history.copies[kind].rates(expected)
@@ -166,10 +235,13 @@ class PayingDrafts:
     def _best_offer(self, rates: Rates, draft_s: float) -> Offer:
         """Find the number of drafts, at least one, with the most tokens per second."""
         if not len(rates):
-            return Offer(number=0, tokens_per_s=0.0)
-        tokens_per_s = (1 + expected_kept(rates)) / (draft_s + self._verify_s(len(rates)))
+            return NOTHING
+        tokens = 1 + expected_kept(rates)
+        tokens_per_s = tokens / (draft_s + self._verify_s(len(rates)))
         number = 1 + int(tokens_per_s[1:].argmax())
-        return Offer(number=number, tokens_per_s=float(tokens_per_s[number]))
+        return Offer(
+            number=number, tokens=float(tokens[number]), tokens_per_s=float(tokens_per_s[number])
+        )
 
     def _is_time_to_probe(self, history: _History, room: int) -> bool:
         """Draft although it does not seem to pay, if the fund covers a probe that wins nothing."""
@@ -183,7 +255,7 @@ class PayingDrafts:
             return False
         history.fund_s -= price_s
         history.is_probe = True
-        history.best = Offer(number=probe.number, tokens_per_s=history.best.tokens_per_s)
+        history.best = replace(probe, tokens_per_s=history.best.tokens_per_s)
         return True
 
     def _learn(self, request: RequestState, history: _History) -> None:

@@ -20,8 +20,8 @@ class StepCosts:
             for batch in self._batches
         }
 
-    def verify_s(self, width: int, *, batch: int) -> float:
-        """Give seconds of one verify pass of `batch` requests, `width` tokens each."""
+    def verify_s(self, width: float, *, batch: int) -> float:
+        """Give seconds of one verify pass of `batch` requests, `width` tokens each on average."""
         return self._at(batch, lambda rows: _line(width, rows, [row.verify_s for row in rows]))
 
     def draft_s(self, *, batch: int) -> float:
@@ -36,7 +36,7 @@ class StepCosts:
         return float(np.interp(batch, self._batches, [read(self._rows[b]) for b in self._batches]))
 
 
-def _line(width: int, rows: list[CostRow], seconds: list[float]) -> float:
+def _line(width: float, rows: list[CostRow], seconds: list[float]) -> float:
     """Interpolate; beyond the widest row the last stretch goes on."""
     widths = [row.width for row in rows]
     if width <= widths[-1] or len(rows) == 1:

@@ -169,6 +169,22 @@ def test_a_full_machine_decodes_plainly_where_an_idle_one_speculates() -> None:
     assert (asked(1), asked(8)) == (1, 0)
 
 
+@pytest.mark.parametrize(("num_good", "num_asking"), [(1, 0), (7, 7)])
+def test_the_drafter_is_asked_when_those_who_gain_pay_its_price_together(
+    num_good: int, num_asking: int
+) -> None:
+    """A draft takes as long for one request as for all: not worth it for a single one of eight."""
+    table = table_of(lambda width: 1.0 + 0.01 * width, draft_s=1.0, batches=(1, 8))
+    policy = PayingDrafts(table, num_drafts=NUM_DRAFTS, probe_share=0.0)
+    requests = [RequestState.of([1, 2], SamplingParams(max_new_tokens=500)) for _ in range(8)]
+    for index, request in enumerate(requests):
+        kept = NUM_DRAFTS if index < num_good else 0
+        step = StepTrace(start=2, width=NUM_DRAFTS + 1, num_accepted=kept, committed=kept + 1)
+        request.steps += [step] * 40
+    asked = [draft is None for draft in policy.plan(requests)]
+    assert asked == [index < num_asking for index in range(8)]
+
+
 def test_a_new_request_starts_with_what_others_have_shown() -> None:
     policy = PayingDrafts(FLAT, num_drafts=NUM_DRAFTS)
     Simulation(policy, FLAT).run(300, 0.0)
