@@ -10,8 +10,9 @@ TEST_ENV := HF_HUB_OFFLINE=1
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test quick check soak mutants official-check formats-check drafter \
-  serve-check llama-check \
-  bench-train bench-growth bench-ingest bench-privacy bench-store bench-collect bench-decode clean
+  serve-check llama-check engines \
+  bench-train bench-growth bench-plan bench-ingest bench-privacy bench-store bench-collect \
+  bench-online bench-decode clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,6 +30,9 @@ check: $(VENV)/.stamp-dev  ## format, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright --pythonpath $(BIN)/python
+
+engines: $(VENV)/.stamp-engines  ## DeepSpeed on one CPU process: the losses of the plain run, resumed runs
+	$(TEST_ENV) $(BIN)/python -m pytest -m slow tests/test_train/test_deepspeed.py
 
 soak: $(VENV)/.stamp-dev  ## kill real runs at random moments and compare their ends
 	$(TEST_ENV) $(BIN)/python -m pytest -m soak
@@ -63,6 +67,9 @@ bench-train: $(VENV)/.stamp-rivals  ## one optimiser step beside three rivals, o
 bench-growth: $(VENV)/.stamp-dev  ## time and memory of a step against T, A and V
 	$(BIN)/python -m benchmarks.bench_growth
 
+bench-plan: $(VENV)/.stamp-dev  ## the plan of a training run beside what it takes, on an idle machine
+	$(BIN)/python -m benchmarks.bench_plan
+
 bench-ingest: $(VENV)/.stamp-dev  ## a million logged calls through ingest, on an idle machine
 	$(BIN)/python -m benchmarks.bench_ingest
 
@@ -74,6 +81,9 @@ bench-store: $(VENV)/.stamp-dev  ## after demo: the three number formats of feat
 
 bench-collect: $(VENV)/.stamp-dev  ## after demo: collect beside the bare target; RUN=DIR
 	$(BIN)/python -m benchmarks.bench_collect $(if $(RUN),--run "$(RUN)") $(SETTINGS)
+
+bench-online: $(VENV)/.stamp-dev  ## a target pass beside a drafter's step, and what prefetching hides
+	$(BIN)/python -m benchmarks.bench_online
 
 bench-decode: $(VENV)/.stamp-dev  ## after drafter: our decoder beside two others: GSM8K=DIR
 	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/official dflash==0.1.0
@@ -91,6 +101,12 @@ $(VENV)/.stamp-demo: $(PINS) | $(BIN)/python
 $(VENV)/.stamp-dev: $(PINS) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable ".[dev]" --constraint constraints.txt
 	touch $(VENV)/.stamp-demo $@
+
+# Its CPU engine needs none of the operations that it could compile.
+$(VENV)/.stamp-engines: $(VENV)/.stamp-dev
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --editable ".[deepspeed]" \
+	  --constraint constraints.txt
+	touch $@
 
 # Without their dependencies: both pin other versions of torch and transformers.
 $(VENV)/.stamp-rivals: $(VENV)/.stamp-dev

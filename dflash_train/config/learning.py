@@ -68,6 +68,9 @@ class TrainingConfig:
     """Steps between lines of metrics.jsonl."""
     head_chunk: int = 1024
     """Slots whose logits exist at once."""
+    profile_steps: list[int] | None = None
+    """First and last step of a window under torch.profiler, from 1 on, such as [10, 12]: a trace
+    goes to `profile/` in the run folder. No result follows from it."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -93,6 +96,12 @@ class TrainingConfig:
         require(
             self.ema_decay is None or 0 < self.ema_decay < 1,
             f"training.ema_decay (={self.ema_decay}) must lie between 0 and 1. Set it to 0.99.",
+        )
+        window = self.profile_steps
+        require(
+            window is None or (len(window) == 2 and 1 <= window[0] <= window[1]),
+            f"training.profile_steps (={window}) must be the first and the last step, from 1 on. "
+            "Set it to [10, 12].",
         )
 
 
@@ -215,5 +224,11 @@ class LaunchConfig:
     num_threads: int | None = None
     """Threads per process; None takes the cores of this machine divided among its processes."""
     mixed_precision: Precision = Precision.no
-    """`bf16`: autocast on CUDA. On a CPU float32 products may then use bfloat16 inputs where the
-    processor has units for them, in training steps only; without, they are float32 by oneDNN."""
+    """`bf16`: bf16 products with float32 masters on GPUs. On a CPU float32 products may then use
+    bfloat16 inputs where the processor has units for them, in training steps only; without, they
+    are float32 by oneDNN."""
+    activation_checkpointing: bool = False
+    """Compute the inside of each drafter layer again in the backward pass: for less memory about a
+    third more time."""
+    compile: bool = False
+    """Compile each drafter layer with torch.compile: minutes first, then faster steps on a GPU."""

@@ -1,7 +1,8 @@
 """The two models of a recipe: the frozen target and the shape of its drafter."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 from omegaconf import MISSING
 
@@ -41,6 +42,10 @@ class TargetConfig:
     """Number format in which the target runs."""
     attention: Attention = Attention.sdpa
     """Attention implementation of the target."""
+    shapes: dict[str, Any] = field(default_factory=dict)
+    """By `name_or_path`, the keys of a target's text configuration that shapes and sizes follow
+    from: a plan takes them where the target itself cannot be reached. No result follows from
+    them."""
 
 
 @dataclass(kw_only=True)

@@ -21,6 +21,7 @@ from dflash_train.config.checks import require
 from dflash_train.config.data import DataConfig
 from dflash_train.config.learning import LaunchConfig, LossConfig, OptimConfig, TrainingConfig
 from dflash_train.config.models import DrafterSettings, TargetConfig
+from dflash_train.config.plan import PlanConfig
 from dflash_train.config.serving import ServeConfig
 
 
@@ -141,6 +142,8 @@ class TrackingConfig:
     """Project name there."""
     wandb_mode: WandbMode = WandbMode.online
     """Send at once, or keep in the run folder."""
+    tensorboard: bool = False
+    """Also write TensorBoard files to `tensorboard/` in the run folder (extra `tensorboard`)."""
 
 
 @dataclass(kw_only=True)
@@ -171,6 +174,7 @@ class RecipeConfig:
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     executor: ExecutorConfig = field(default_factory=ExecutorConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
     serve: ServeConfig = field(default_factory=ServeConfig)
 
     def __post_init__(self) -> None:

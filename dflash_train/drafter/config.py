@@ -235,15 +235,17 @@ class DrafterConfig(DrafterVariant):
             "Lower it or set drafter.target_layer_ids.",
         )
         num_heads = settings.num_attention_heads or target.num_attention_heads
-        own_head_dim = target.to_dict().get("head_dim")
+        own = target.to_dict()  # where layers differ in heads (Gemma 4), the sliding ones speak
         return cls(
             hidden_size=target.hidden_size,
             intermediate_size=settings.intermediate_size or target.intermediate_size,
             num_hidden_layers=settings.num_hidden_layers,
             num_attention_heads=num_heads,
-            num_key_value_heads=settings.num_key_value_heads or target.num_key_value_heads,
+            num_key_value_heads=settings.num_key_value_heads
+            or own.get("num_key_value_heads")
+            or target.num_attention_heads,
             head_dim=settings.head_dim
-            or own_head_dim
+            or own.get("head_dim")
             or target.hidden_size // target.num_attention_heads,
             vocab_size=target.vocab_size,
             max_position_embeddings=target.max_position_embeddings,
@@ -292,4 +294,6 @@ def _own_rope(target: PreTrainedConfig) -> dict[str, Any]:
     )
     for key in ("partial_rotary_factor", "mrope_section", "mrope_interleaved"):
         rope.pop(key, None)
+    if rope.get("rope_type") == "proportional":  # partial width by another name (Gemma 4)
+        rope["rope_type"] = "default"
     return rope

@@ -152,7 +152,7 @@ def _head_parts(drafter: Drafter, hidden_SE: Tensor, seed: int) -> dict[str, Ten
     previous_S = torch.randint(config.vocab_size, hidden_SE.shape[:1], generator=generator)
     if drafter.candidate_selector is not None:
         ids_SC = torch.randint(config.vocab_size, logits_SC.shape, generator=generator)
-        parts["candidates"] = drafter.candidate_selector.scores(
+        parts["candidates"] = drafter.candidate_selector(
             hidden_SE, previous_S, logits_SC=torch.zeros_like(logits_SC), ids_SC=ids_SC
         )
     if drafter.markov_head is not None:

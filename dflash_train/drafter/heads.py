@@ -32,10 +32,12 @@ class CandidateSelector(nn.Module):
         self.successor_codebook = nn.Parameter(torch.zeros(shape))
         self.hidden_projection = nn.Linear(config.hidden_size, config.selector_rank, bias=False)
 
-    def scores(
+    def forward(
         self, hidden_SE: Tensor, previous_ids_S: Tensor, *, logits_SC: Tensor, ids_SC: Tensor
     ) -> Tensor:
         """Score candidates after a known previous token, `[S, C]`.
+
+        Both codebooks are this module's own, so a sharded launch gathers them only while it runs.
 
         Args:
             hidden_SE: `[S, E]` after the drafter's final norm.
@@ -53,7 +55,7 @@ class CandidateSelector(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Give scores and ids of each slot's C best logits, `[S, C]` each."""
         logits_SC, ids_SC = logits_SV.topk(self.top_k, dim=-1)
-        scores_SC = self.scores(hidden_SE, previous_ids_S, logits_SC=logits_SC, ids_SC=ids_SC)
+        scores_SC = self(hidden_SE, previous_ids_S, logits_SC=logits_SC, ids_SC=ids_SC)
         return scores_SC, ids_SC
 
 

@@ -7,8 +7,12 @@ n drafts of it, S single slots, T context rows, L taps, E hidden size, V vocabul
 can be drafted.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dflash_train.config import require
 from dflash_train.drafter.attention import Blocks, ContextCache, ContextKV
@@ -35,6 +39,8 @@ class Drafter(nn.Module):
         """Build a random drafter: normal weights (0.02), norms of ones, variants as no change."""
         super().__init__()
         self.config = config
+        self.recomputes_layers = False
+        """Set it to compute layers again in the backward pass instead of keeping their insides."""
         width = config.hidden_size
         self.fc = nn.Linear(config.num_taps * width, width, bias=False)
         self.hidden_norm = RMSNorm(width, eps=config.rms_norm_eps)
@@ -93,7 +99,8 @@ class Drafter(nn.Module):
         x_AKE = block_embeddings
         cos, sin = self._rotation(x_AKE, blocks.slot_positions(x_AKE.shape[1]))
         for layer, context in zip(self._typed_layers(), contexts, strict=True):
-            x_AKE = layer(x_AKE, context, blocks, cos=cos, sin=sin)
+            run = partial(layer, x_AKE, context, blocks, cos=cos, sin=sin)
+            x_AKE = self._recomputed(run) if self.recomputes_layers else run()
         return self.norm(x_AKE)
 
     def new_cache(self) -> ContextCache:
@@ -254,6 +261,13 @@ class Drafter(nn.Module):
     ) -> Tensor:
         scores_SC, ids_SC = self.slot_scores(hidden_SE, previous_ids_S, logits_SV, head)
         return ids_SC.gather(-1, scores_SC.argmax(-1, keepdim=True)).squeeze(-1)
+
+    def _recomputed(self, run: Callable[[], Tensor]) -> Tensor:
+        # Nothing in a layer is random. Under ZeRO-3 a weight is empty until its module runs, so
+        # shapes noted in the forward pass prove nothing.
+        return checkpoint(
+            run, use_reentrant=False, preserve_rng_state=False, determinism_check="none"
+        )
 
     def _rotation(self, like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         cos, sin = self.rotary_emb(like, positions.reshape(1, -1))

@@ -30,7 +30,8 @@ from dflash_train.features.quantization import (
 from dflash_train.features.teacher import KEPT_TOKEN_BYTES, TeacherRow, join
 from dflash_train.records.manifest import atomic_path
 
-_ID_AND_MASK_BYTES = 9  # int64 and bool
+ID_AND_MASK_BYTES = 9
+"""Stored bytes of one token beside its features: an int64 id and a bool."""
 
 
 @dataclass(kw_only=True)
@@ -79,6 +80,19 @@ def encode_rows(rows: list[ShardRow], *, dtype: torch.dtype, num_taps: int | Non
     )
 
 
+def encode_tokens(input_ids: list[Tensor], loss_masks: list[Tensor]) -> EncodedRows:
+    """Give rows as a shard without features holds them: 9 bytes a token.
+
+    Args:
+        input_ids: `[N]` int64 of each row.
+        loss_masks: `[N]` bool of each row.
+    """
+    return EncodedRows(
+        lengths=[len(ids) for ids in input_ids],
+        tensors={"input_ids": torch.cat(input_ids), "loss_mask": torch.cat(loss_masks)},
+    )
+
+
 def write_encoded(path: Path, parts: list[EncodedRows]) -> None:
     """Write one shard atomically, the rows of all parts in order.
 
@@ -106,7 +120,7 @@ def bytes_per_token(
     """
     scales = num_taps * SCALE_BYTES if dtype is torch.float8_e4m3fn else 0
     features = features_width * dtype.itemsize + scales
-    return _ID_AND_MASK_BYTES + features + teacher_top_k * KEPT_TOKEN_BYTES
+    return ID_AND_MASK_BYTES + features + teacher_top_k * KEPT_TOKEN_BYTES
 
 
 class OpenShard:
@@ -119,9 +133,10 @@ class OpenShard:
             ValueError: The file cannot be read; the message names it.
         """
         try:
-            self._file: Any = safe_open(path, framework="pt")
-            self._names = frozenset(self._file.keys())
-            self._offsets: list[int] = self._file.get_tensor("offsets").tolist()
+            file: Any = safe_open(path, framework="pt")
+            # Views of the mapped file: nothing is read yet, and its own slices leak with each read.
+            self._tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}
+            self._offsets: list[int] = self._tensors["offsets"].tolist()
         except (OSError, SafetensorError) as error:
             raise ValueError(
                 f"{path} cannot be read: {error}. Delete it and run `collect` again."
@@ -166,18 +181,18 @@ class OpenShard:
 
     def _slice(self, name: str, tokens: slice) -> Tensor:
         """Give a view of the mapped file: it must not be written to."""
-        return self._file.get_slice(name)[tokens]
+        return self._tensors[name][tokens]
 
     def _read_features(self, tokens: slice) -> Tensor:
         features = self._slice("features", tokens)
-        if "scales" not in self._names:
+        if "scales" not in self._tensors:
             return features
         quantized = QuantizedFeatures(values=features, scales=self._slice("scales", tokens))
         return dequantize(quantized, torch.bfloat16)
 
     def _read_teacher(self, tokens: slice, prompt_length: int) -> TeacherRow | None:
         """Give the distributions of the call's own answer: rows P - 1 .. N - 2."""
-        if "teacher_ids" not in self._names:
+        if "teacher_ids" not in self._tensors:
             return None
         ids, probabilities = (
             functional.pad(

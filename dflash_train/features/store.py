@@ -16,7 +16,14 @@ from datasets import Dataset, Features, Value
 from datasets.arrow_writer import ArrowWriter
 from torch import Tensor
 
-from dflash_train.features.shard import OpenShard, ShardRow, encode_rows, write_encoded
+from dflash_train.config import require
+from dflash_train.features.shard import (
+    OpenShard,
+    ShardRow,
+    encode_rows,
+    encode_tokens,
+    write_encoded,
+)
 from dflash_train.features.teacher import TeacherRow
 from dflash_train.records.manifest import Manifest, atomic_path
 
@@ -24,6 +31,10 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 INDEX_NAME = "index.arrow"
+WITHOUT_FEATURES = {"features": "online"}
+"""Stands in the details of a manifest whose split holds token ids and loss masks alone."""
+TOKENS_PREFIX = "tokens-"
+"""Begins the names of shards that `regenerate` leaves without features."""
 _ARROW_TYPES: dict[Any, str] = {str: "string", str | None: "string", int: "int64", bool: "bool"}
 
 
@@ -134,6 +145,12 @@ def write_shard(
     ]
 
 
+def write_token_shard(path: Path, rows: list[FeatureRow]) -> None:
+    """Write one shard atomically without features and teacher, for `data.features=online`."""
+    tokens = encode_tokens([row.input_ids for row in rows], [row.loss_mask for row in rows])
+    write_encoded(path, [tokens])
+
+
 def write_index(folder: Path, lines: list[IndexLine]) -> None:
     """Write `index.arrow` of a split; the order of the lines is the order of the store."""
     write_arrow(folder / INDEX_NAME, lines, IndexLine)
@@ -173,20 +190,29 @@ class FeatureStore:
         self._shards: dict[str, OpenShard] = {}
 
     @classmethod
-    def open(cls, folder: Path, *, verify: bool = True) -> "FeatureStore":
+    def open(
+        cls, folder: Path, *, verify: bool = True, needs_features: bool = True
+    ) -> "FeatureStore":
         """Open a split.
 
         Args:
             folder: `features/<split>` of a run.
             verify: Recompute every checksum first, which reads each byte once.
+            needs_features: Refuse a split of `data.features=online`, of which only `lines` and
+                `read_tokens` can be read.
 
         Raises:
-            ValueError: The folder is not complete, or a file does not match its checksum; the
-                message names it.
+            ValueError: The folder is not complete or holds no features, or a file does not match
+                its checksum; the message names it.
         """
         manifest = Manifest.read(folder)
         if manifest is None:
             raise ValueError(f"{folder} holds no complete features. Run the stage `collect` first.")
+        require(
+            not needs_features or not WITHOUT_FEATURES.items() <= manifest.details.items(),
+            f"{folder} holds token ids without features, since data.features (=online) keeps none. "
+            "Run `collect` with data.features=stored.",
+        )
         if verify:
             manifest.verify_outputs(folder)
         return cls(folder, Dataset.from_file(str(folder / INDEX_NAME)))
@@ -216,6 +242,10 @@ class FeatureStore:
             weight=line.weight,
             teacher=row.teacher,
         )
+
+    def read(self, positions: Sequence[int]) -> list[FeatureRow]:
+        """Read several calls, in the order of their positions."""
+        return [self[position] for position in positions]
 
     def read_tokens(self, position: int) -> tuple[Tensor, Tensor]:
         """Read a row's `input_ids` and `loss_mask` alone, 9 bytes a token."""

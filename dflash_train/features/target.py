@@ -247,7 +247,7 @@ class Target:
             if len(kept) < len(live):
                 live = [live[slot] for slot in kept]
                 keep = torch.tensor(kept, dtype=torch.int64, device=self.device)
-                cache.batch_select_indices(keep)
+                cache.reorder_cache(keep)  # recurrent layers know no other way to keep some rows
                 next_ids, attention_mask, position_ids = (
                     tensor[keep] for tensor in (next_ids, attention_mask, position_ids)
                 )

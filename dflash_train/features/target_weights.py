@@ -59,6 +59,15 @@ def locate_target(config: TargetConfig) -> TargetLocation:
     )
 
 
+def is_unconverted(config: TargetConfig) -> bool:
+    """Tell whether `target.name_or_path` is a wheel that has not been fetched and converted yet."""
+    name = config.name_or_path
+    if not name.startswith(WHEEL_PREFIX):
+        return False
+    folder = wheel_folder(name.removeprefix(WHEEL_PREFIX))
+    return folder is not None and Manifest.read(folder) is None
+
+
 def _folder_label(folder: Path) -> str:
     """Name a folder's weights by its config and the names and sizes of its weight files."""
     files = sorted((path.name, path.stat().st_size) for path in folder.glob("*.safetensors"))

@@ -16,8 +16,8 @@ from dflash_train.features.target import Target
 from dflash_train.records.chat_template import render_prompt
 from dflash_train.records.conversation import Turn
 from dflash_train.records.manifest import file_hash
-from dflash_train.release.evidence import Report, with_taps
-from dflash_train.release.finding import Finding, Patient, broken, demand, ok, warning
+from dflash_train.release.evidence import Report, UndecodableTargetError, with_taps
+from dflash_train.release.finding import Finding, Patient, broken, demand, ok, skipped, warning
 from dflash_train.training.replay import ReplayTrace, replay_rows
 
 QUESTIONS = ("What is the capital of France?", "Count from one to ten.", "Write a short poem.")
@@ -56,7 +56,11 @@ def check_decoding(patient: Patient) -> Finding:
     """Check that greedy tokens with the drafter are those of the target alone."""
     assert patient.target is not None
     assert patient.decode is not None
-    decoded = patient.decode(patient.target, patient.drafter, _prompts(patient, patient.target))
+    prompts = _prompts(patient, patient.target)
+    try:
+        decoded = patient.decode(patient.target, patient.drafter, prompts)
+    except UndecodableTargetError as error:
+        return skipped(str(error))
     total = sum(each.num_tokens for each in decoded)
     equal = sum(each.num_equal for each in decoded)
     parted = [each for each in decoded if each.num_equal < each.num_tokens]

@@ -45,8 +45,13 @@ class Decoded:
     """The first difference is between two logits that lie within rounding of each other."""
 
 
+class UndecodableTargetError(ValueError):
+    """No decoder here takes this target, whatever the drafter; a message as of any ValueError."""
+
+
 DecodePrompts = Callable[[Target, Drafter, list[list[int]]], list[Decoded]]
-"""Decodes prompts (token ids) with a target and a drafter; the room above provides it."""
+"""Decodes prompts (token ids) with a target and a drafter, or raises UndecodableTargetError; the
+room above provides it."""
 
 
 @dataclass(frozen=True, kw_only=True)

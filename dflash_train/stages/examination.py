@@ -12,7 +12,7 @@ from dflash_train.config import RecipeConfig, require
 from dflash_train.drafter.model import Drafter
 from dflash_train.features.target import Target, load_target
 from dflash_train.release.doctor import examine
-from dflash_train.release.evidence import Decoded, with_taps
+from dflash_train.release.evidence import Decoded, UndecodableTargetError, with_taps
 from dflash_train.release.finding import Finding
 from dflash_train.stages.workshop import Workshop
 
@@ -61,11 +61,20 @@ def examine_checkpoint(config: RecipeConfig, scope: Scope) -> list[Finding]:
 
 
 def decode_prompts(target: Target, drafter: Drafter, prompts: list[list[int]]) -> list[Decoded]:
-    """Decode prompts greedily by the target alone and with the drafter."""
+    """Decode prompts greedily by the target alone and with the drafter.
+
+    Raises:
+        UndecodableTargetError: The target has layers that cannot forget rejected tokens.
+    """
     from dflash_inference.autoregressive import AutoregressiveDecoder
     from dflash_inference.decoder import SpeculativeDecoder
     from dflash_inference.live_check import find_mismatch
+    from dflash_inference.target_pass import require_croppable
 
+    try:
+        require_croppable(target)
+    except ValueError as error:
+        raise UndecodableTargetError(str(error)) from error
     target = with_taps(target, drafter.config.target_layer_ids)
     plainly, speculatively = AutoregressiveDecoder(target), SpeculativeDecoder(target, drafter)
     decoded = []

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from dflash_train.config import CollectEngine, require
+from dflash_train.config import CollectEngine, FeaturesFrom, require
 from dflash_train.drafter.checkpoint import CONFIG_NAME, WEIGHTS_NAME
 from dflash_train.features.target_weights import locate_target
 from dflash_train.records.manifest import content_hash, file_hash
@@ -63,13 +63,15 @@ def answer_inputs(workshop: Workshop) -> dict[str, str]:
 
 
 def reading_inputs(workshop: Workshop) -> dict[str, str]:
-    """Name the target and, where another engine than Transformers reads its features, that one.
+    """Name the target, an engine other than Transformers, and whether features are left out.
 
-    Their features are equal within rounding, and one store holds those of one engine.
+    Features of two engines are equal within rounding, and one store holds those of one engine.
     """
     inputs = target_input(workshop)
     if workshop.config.data.collect_engine is not CollectEngine.transformers:
         inputs["engine"] = workshop.config.data.collect_engine.value
+    if workshop.config.data.features is not FeaturesFrom.stored:
+        inputs["features"] = workshop.config.data.features.value
     return inputs
 
 

@@ -33,7 +33,8 @@ class Stage:
     """Where files of a finished stage are missing, it makes those again and keeps the others."""
 
 
-_TAPS = ("target", "drafter.num_taps", "drafter.target_layer_ids")
+_TARGET = ("target.name_or_path", "target.revision", "target.dtype", "target.attention")
+_TAPS = (*_TARGET, "drafter.num_taps", "drafter.target_layer_ids")
 _COLLECTED = (
     *_TAPS,
     "data.max_prompt_tokens",
@@ -93,19 +94,19 @@ STAGES = (
     Stage(
         name="train",
         folder="checkpoint",
-        settings=("seed", "target", "drafter", "training", "loss", "optim", "launch"),
+        settings=("seed", *_TARGET, "drafter", "training", "loss", "optim", "launch"),
         upstream=("collect",),
         execute=work.train,
         target_from="collect",
         more_inputs=inputs.initial_weights_input,
-        leavings=("state", "metrics.jsonl"),
+        leavings=("state", "metrics.jsonl", "stream"),
         is_distributed=True,
     ),
     Stage(
         name="evaluate",
         folder="traces",
         settings=(
-            "target", "evaluate.eval_sets", "evaluate.live_traffic", "evaluate.live_per_set",
+            *_TARGET, "evaluate.eval_sets", "evaluate.live_traffic", "evaluate.live_per_set",
             "evaluate.live_max_new_tokens", "evaluate.fast", "evaluate.seed",
         ),
         upstream=("collect",),

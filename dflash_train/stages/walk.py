@@ -20,6 +20,8 @@ from dflash_train.stages.work import check_collect_engine
 from dflash_train.stages.workshop import Workshop
 
 KEY_NAME = "stage.key"
+_WATCHING = {"training": ("profile_steps",)}
+"""By group: settings that look on while a stage runs, and change nothing of its result."""
 
 
 def run(config: RecipeConfig, *, force: bool = False) -> None:
@@ -98,6 +100,9 @@ def _setting(config: RecipeConfig, key: str) -> Any:
     value: Any = to_plain(config)
     for part in key.split("."):
         value = value[part]
+    watching = _WATCHING.get(key, ())
+    if watching:
+        value = {name: value[name] for name in value if name not in watching}
     return value
 
 

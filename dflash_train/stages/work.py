@@ -4,15 +4,15 @@ The manifest comes with the stage's key, provenance and target block; the called
 it wrote and writes it last.
 """
 
-from dflash_train.config import RecipeConfig, to_plain
-from dflash_train.features.store import FeatureStore
+from dflash_train.config import RecipeConfig
 from dflash_train.records.conversation import Conversation
 from dflash_train.records.manifest import FileEntry, Manifest
 from dflash_train.stages.drafters import import_drafter
+from dflash_train.stages.online import open_rows, training_rows
 from dflash_train.stages.tools import play_fleet
 from dflash_train.stages.workshop import Workshop
 from dflash_train.training import stage as training
-from dflash_train.training.tracking import WandbTracker
+from dflash_train.training.tracking import open_wandb
 
 
 def sample_traffic(workshop: Workshop, manifest: Manifest) -> None:
@@ -79,16 +79,18 @@ def check_collect_engine(workshop: Workshop) -> None:
 
 
 def train(workshop: Workshop, manifest: Manifest) -> None:
-    """Train the drafter on stored features."""
+    """Train the drafter on the target's features, stored or online."""
     try:
-        training.train(
-            workshop.config,
-            accelerator=workshop.accelerator,
-            head=workshop.target.head,
-            drafter=workshop.new_drafter(),
-            manifest=manifest,
-            stop_token_ids=sorted(workshop.target.stop_token_ids),
-        )
+        with training_rows(workshop) as open_split:
+            training.train(
+                workshop.config,
+                accelerator=workshop.accelerator,
+                head=workshop.target.head,
+                drafter=workshop.new_drafter(),
+                manifest=manifest,
+                open_rows=open_split,
+                stop_token_ids=sorted(workshop.target.stop_token_ids),
+            )
     finally:
         workshop.accelerator.end_training()  # gloo aborts a process that leaves without it
 
@@ -97,9 +99,8 @@ def evaluate(workshop: Workshop, manifest: Manifest) -> None:
     """Trace the drafter's verify steps on held-out answers."""
     from dflash_inference import evaluate as evaluation
 
-    features = workshop.config.run_dir / "features"
     splits = ["test", *(f"eval-{name}" for name, _ in workshop.config.evaluate.sets)]
-    stores = {name: FeatureStore.open(features / name) for name in splits}
+    stores = {name: open_rows(workshop, name) for name in splits}
     drafter = import_drafter(workshop.checkpoint, workshop.config.target).drafter
     drafter.to(workshop.target.device)
     evaluation.evaluate(
@@ -108,20 +109,16 @@ def evaluate(workshop: Workshop, manifest: Manifest) -> None:
 
 
 def report(workshop: Workshop, manifest: Manifest) -> None:
-    """Sum the traces up as a report, and send its tables to W&B if the recipe asks for it."""
+    """Sum the traces up as a report; W&B gets its tables and files if the recipe asks for it."""
     from dflash_inference import report as reporting
     from dflash_inference.report_tables import report_tables
 
     config = workshop.config
-    tracker = _wandb(config) if config.tracking.wandb else None
+    wants_wandb = config.tracking.wandb
+    tracker = open_wandb(config, run_dir=config.run_dir, is_new=False) if wants_wandb else None
     reporting.report(config, manifest=manifest)
     if tracker is not None:
         for name, table in report_tables(reporting.read_findings(config)).items():
             tracker.log_table(f"report/{name}", table.columns, table.rows)
+        tracker.log_folder(config.run_dir / reporting.REPORT_FOLDER, kind="report")
         tracker.close()
-
-
-def _wandb(config: RecipeConfig) -> WandbTracker:
-    return WandbTracker(
-        config.tracking, run_dir=config.run_dir, name=config.name, settings=to_plain(config)
-    )

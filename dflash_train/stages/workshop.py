@@ -5,16 +5,16 @@ import gc
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedConfig
 
-from dflash_train.config import CollectEngine, DrafterInit, RecipeConfig, require
+from dflash_train.config import CollectEngine, DrafterInit, FeaturesFrom, RecipeConfig, require
 from dflash_train.drafter.checkpoint import WEIGHTS_NAME
 from dflash_train.drafter.config import DrafterConfig
 from dflash_train.drafter.initialization import initialize_from_target
 from dflash_train.drafter.model import Drafter
 from dflash_train.features.target import Target, load_target
-from dflash_train.features.target_loading import load_target_config
+from dflash_train.features.target_shape import own_target_config, planned_target_config
 from dflash_train.features.target_text import WrittenTarget, load_target_text
-from dflash_train.features.target_weights import locate_target
 from dflash_train.release.resolve import resolve_checkpoint
 from dflash_train.stages.drafters import import_drafter
 from dflash_train.training.accelerator import Accelerator, build_accelerator
@@ -33,8 +33,18 @@ class Workshop:
     @functools.cached_property
     def drafter_config(self) -> DrafterConfig:
         """The drafter's full shape: the recipe's settings completed by the target's."""
-        target_config = load_target_config(locate_target(self.config.target))
-        return DrafterConfig.for_target(self.config.drafter, target_config)
+        own = own_target_config(self.config.target)
+        return DrafterConfig.for_target(self.config.drafter, own)
+
+    @functools.cached_property
+    def planned_target_config(self) -> PreTrainedConfig:
+        """The target's text configuration for a plan: the recipe's where its own is unreachable."""
+        return planned_target_config(self.config.target)
+
+    @functools.cached_property
+    def planned_drafter_config(self) -> DrafterConfig:
+        """The drafter's full shape for a plan, which computes nothing."""
+        return DrafterConfig.for_target(self.config.drafter, self.planned_target_config)
 
     @functools.cached_property
     def target(self) -> Target:
@@ -49,13 +59,18 @@ class Workshop:
         return self.target
 
     def target_to_read(self) -> WrittenTarget:
-        """Give the loaded target; where vLLM runs it in `collect`, its tokenizer is enough.
+        """Give the loaded target; where `collect` does not run it, its tokenizer is enough.
 
-        Then weights that `regenerate` has loaded are let go, since a machine seldom holds a target
-        twice; later stages load them again.
+        Before vLLM runs it, weights that `regenerate` has loaded are let go, since a machine seldom
+        holds a target twice; later stages load them again. Where features are online, `train` needs
+        them next, and they stay.
         """
-        if self.config.data.collect_engine is not CollectEngine.vllm:
-            return self.target
+        data = self.config.data
+        is_loaded = "target" in self.__dict__
+        if data.collect_engine is not CollectEngine.vllm:
+            if is_loaded or data.features is FeaturesFrom.stored:
+                return self.target
+            return load_target_text(self.config.target, self.drafter_config.target_layer_ids)
         self.__dict__.pop("target", None)
         gc.collect()
         torch.cuda.empty_cache()

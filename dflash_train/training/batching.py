@@ -9,13 +9,15 @@ number of micro-batches, and R ranks see what one process with R times the accum
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from dflash_train.config import require
 from dflash_train.drafter.attention import Blocks
-from dflash_train.features.store import FeatureRow, FeatureStore
+from dflash_train.features.row_source import RowSource
+from dflash_train.features.store import FeatureRow
 from dflash_train.features.teacher import TeacherRow, join
 from dflash_train.training.blocks import (
     anchor_generator,
@@ -245,10 +247,27 @@ def _teacher_to(teacher: TeacherRow, device: torch.device) -> TeacherRow:
     )
 
 
-class BatchSource:
-    """The training rows of a run and the micro-batches made of them."""
+class Batches(Protocol):
+    """Where the trainer takes its micro-batches from; their content is a function of the pack."""
 
-    def __init__(self, store: FeatureStore, settings: BlockSettings, *, pack_tokens: int) -> None:
+    @property
+    def rows(self) -> list[int]:
+        """Rows of the split that are trained on; a pack's numbers are places in this list."""
+        ...
+
+    def stream(self, *, epoch: int, position: int) -> Iterator[Pack]:
+        """Yield the packs of all ranks without end, from a place in the stream on."""
+        ...
+
+    def load(self, pack: Pack) -> TrainingBatch:
+        """Give the rows of a pack and the blocks drawn from them."""
+        ...
+
+
+class BatchSource:
+    """The training rows of a run and the micro-batches made of them, each when it is asked for."""
+
+    def __init__(self, store: RowSource, settings: BlockSettings, *, pack_tokens: int) -> None:
         """Choose the rows that can be trained on: those with two answer tokens or more.
 
         Args:
@@ -274,11 +293,11 @@ class BatchSource:
 
     def load(self, pack: Pack) -> TrainingBatch:
         """Read a pack's rows and draw its blocks."""
-        rows = [self.store[self.rows[row]] for row in pack.rows]
+        rows = self.store.read([self.rows[row] for row in pack.rows])
         return collate(rows, self.settings, epoch=pack.epoch)
 
 
-def trainable_rows(store: FeatureStore) -> list[int]:
+def trainable_rows(store: RowSource) -> list[int]:
     """List the rows with two answer tokens or more.
 
     Raises:

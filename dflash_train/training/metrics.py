@@ -4,7 +4,7 @@ Slot accuracy (teacher-forced, at random anchors) is neither joint nor condition
 its blocks are not decode steps; the acceptance length comes from replay alone.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -102,6 +102,13 @@ class AcceptanceCounts:
     """Sum of acceptance lengths, num_accepted + 1 of each step."""
     per_request_sum: float = 0.0
     """Sum over requests of their own mean acceptance length."""
+    accepted_at: list[int] = field(default_factory=list)
+    """`[D]`, verify steps that accepted the draft of each position, and so all before it."""
+
+    @classmethod
+    def zeros(cls, num_drafts: int) -> "AcceptanceCounts":
+        """Give the counts of no request, for blocks of D drafts."""
+        return cls(accepted_at=[0] * num_drafts)
 
     def add_request(self, acceptance_lengths: list[int]) -> None:
         """Count one request; one without a verify step counts for nothing."""
@@ -110,27 +117,36 @@ class AcceptanceCounts:
             self.num_steps += len(acceptance_lengths)
             self.committed += sum(acceptance_lengths)
             self.per_request_sum += sum(acceptance_lengths) / len(acceptance_lengths)
+            for position in range(len(self.accepted_at)):
+                self.accepted_at[position] += sum(x > position + 1 for x in acceptance_lengths)
 
     def to_tensor(self) -> Tensor:
         """Give the counts as one float64 vector, for one all-reduce."""
         counts = [self.num_requests, self.num_steps, self.committed, self.per_request_sum]
+        counts += self.accepted_at
         return torch.tensor(counts, dtype=torch.float64)
 
     @classmethod
     def from_tensor(cls, values: Tensor) -> "AcceptanceCounts":
         """Read counts back from `to_tensor`."""
-        num_requests, num_steps, committed, per_request_sum = values.tolist()
+        num_requests, num_steps, committed, per_request_sum, *accepted_at = values.tolist()
         return cls(
             num_requests=int(num_requests),
             num_steps=int(num_steps),
             committed=int(committed),
             per_request_sum=per_request_sum,
+            accepted_at=[int(count) for count in accepted_at],
         )
 
     @property
     def pooled(self) -> float:
         """Tokens committed per verify step, over all steps; needs at least one step."""
         return self.committed / self.num_steps
+
+    @property
+    def by_position(self) -> list[float]:
+        """Give `[D]`, the share of verify steps that accepted each position; needs a step."""
+        return [count / self.num_steps for count in self.accepted_at]
 
     @property
     def per_request(self) -> float:

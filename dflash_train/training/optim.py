@@ -24,7 +24,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     uses_muon = config.name is OptimizerName.muon
-    inner = [p for name, p in named if uses_muon and p.ndim == 2 and _is_inner(name)]
+    inner = [p for name, p in named if uses_muon and is_inner_matrix(name, p)]
     chosen = {id(p) for p in inner}
     adamw = _build_adamw([p for _, p in named if id(p) not in chosen], config)
     if not uses_muon:
@@ -90,8 +90,9 @@ def current_lr(optimizer: torch.optim.Optimizer) -> float:
     return float(optimizer.param_groups[0]["lr"])
 
 
-def _is_inner(name: str) -> bool:
-    return name.startswith(("fc.", "layers."))
+def is_inner_matrix(name: str, parameter: nn.Parameter) -> bool:
+    """Tell whether Muon may update a drafter's parameter: a matrix of `fc` or of a layer."""
+    return parameter.ndim == 2 and name.startswith(("fc.", "layers."))
 
 
 def _build_adamw(parameters: list[nn.Parameter], config: OptimConfig) -> AdamW:

@@ -83,7 +83,7 @@ def replay(drafter: Drafter, head: FrozenHead, row: FeatureRow) -> ReplayTrace:
 
 def replay_many(drafter: Drafter, head: FrozenHead, rows: Iterable[FeatureRow]) -> AcceptanceCounts:
     """Replay requests and add up their verify steps."""
-    counts = AcceptanceCounts()
+    counts = AcceptanceCounts.zeros(drafter.config.num_drafts)
     for replayed in replay_each(drafter, head, rows):
         counts.add_request(replayed.trace.acceptance_lengths)
     return counts

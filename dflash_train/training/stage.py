@@ -5,6 +5,7 @@ accelerate launch train.py recipe=NAME
 """
 
 import copy
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -19,6 +20,7 @@ from dflash_train.config import RecipeConfig
 from dflash_train.drafter.metadata import CheckpointMetadata
 from dflash_train.drafter.model import Drafter
 from dflash_train.features.frozen_head import FrozenHead
+from dflash_train.features.row_source import RowSource
 from dflash_train.features.store import FeatureStore
 from dflash_train.records.manifest import FILE_NAME, Manifest
 from dflash_train.records.provenance import machine
@@ -28,7 +30,8 @@ from dflash_train.training.calibration import (
     read_calibration,
     write_calibration,
 )
-from dflash_train.training.trainer import STATE_FOLDER, Trainer
+from dflash_train.training.keeping import STATE_FOLDER
+from dflash_train.training.trainer import Trainer
 
 _PROBE_SCHEDULE = 1_000
 """Steps of the schedule that the timed steps follow; no schedule changes their time."""
@@ -41,6 +44,7 @@ def train(
     head: FrozenHead,
     drafter: Drafter,
     manifest: Manifest,
+    open_rows: Callable[[str], RowSource] | None = None,
     stop_token_ids: Sequence[int] = (),
 ) -> Manifest:
     """Run the stage `train`: `features/{train,validation}` in, `checkpoint/{best,last}` out.
@@ -51,6 +55,7 @@ def train(
         head: The target's embedding and LM head.
         drafter: Where training starts; the same weights on every rank.
         manifest: Stage, recipe hash and inputs; its outputs and details are filled in here.
+        open_rows: Opens the rows of a split; None opens those of the feature store.
         stop_token_ids: Ids that end an answer; a reduced draft vocabulary holds them all.
 
     Returns:
@@ -62,8 +67,8 @@ def train(
     """
     run_dir = config.run_dir
     set_seed(config.seed)
-    train_rows = _open_split(run_dir, "train", accelerator)
-    validation_rows = _open_split(run_dir, "validation", accelerator)
+    open_rows = open_rows or functools.partial(_open_split, run_dir, accelerator)
+    train_rows, validation_rows = open_rows("train"), open_rows("validation")
 
     def build(settings: RecipeConfig, start: Drafter) -> Trainer:
         return Trainer(
@@ -157,5 +162,5 @@ def _with_steps(config: RecipeConfig, max_steps: int) -> RecipeConfig:
     return replace(config, training=training)
 
 
-def _open_split(run_dir: Path, split: str, accelerator: Accelerator) -> FeatureStore:
+def _open_split(run_dir: Path, accelerator: Accelerator, split: str) -> FeatureStore:
     return FeatureStore.open(run_dir / "features" / split, verify=accelerator.is_main_process)

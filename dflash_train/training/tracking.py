@@ -1,14 +1,19 @@
-"""Where curves go: `metrics.jsonl` always, Weights & Biases when asked."""
+"""Where curves go: `metrics.jsonl` always, Weights & Biases and TensorBoard when asked."""
 
+import re
+import secrets
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import orjson
 
-from dflash_train.config import TrackingConfig
+from dflash_train.config import RecipeConfig, TrackingConfig, to_plain
 
 METRICS_NAME = "metrics.jsonl"
+TENSORBOARD_FOLDER = "tensorboard"
+_WANDB_ID = Path("wandb") / "run-id.txt"
 
 
 class Tracker(Protocol):
@@ -49,18 +54,29 @@ class JsonlTracker:
 
 
 class WandbTracker:
-    """A Weights & Biases run; after an interruption a new run joins the same group."""
+    """A Weights & Biases run, the same one after an interruption and for the report.
+
+    Curves run over our own step and not over W&B's counter of calls, so what a resumed run computes
+    again falls on the points that are there.
+    """
 
     def __init__(
-        self, config: TrackingConfig, *, run_dir: Path, name: str, settings: dict[str, Any]
+        self,
+        config: TrackingConfig,
+        *,
+        run_dir: Path,
+        name: str,
+        settings: dict[str, Any],
+        is_new: bool = True,
     ) -> None:
-        """Start a run.
+        """Start a run, or go on with the one of this folder.
 
         Args:
             config: Project and mode.
             run_dir: Folder of our run; W&B writes below it.
             name: Name and group of the run.
             settings: The recipe, as plain values.
+            is_new: False takes the id that an earlier process has left, if one has.
 
         Raises:
             ValueError: The package is not installed.
@@ -73,18 +89,22 @@ class WandbTracker:
                 "pip install 'dflash-train[wandb]' or leave it out."
             ) from error
         run_dir.mkdir(parents=True, exist_ok=True)
+        self._name = name
         self._run = wandb.init(
             project=config.wandb_project,
             mode=config.wandb_mode.value,
             dir=str(run_dir),
+            id=_wandb_id(run_dir, is_new=is_new),
+            resume="allow",
             name=name,
             group=name,
             config=settings,
         )
+        self._run.define_metric("*", step_metric="step")
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         """Send the numbers of one step under slash-separated names."""
-        self._run.log(flatten(values), step=step)
+        self._run.log({"step": step, **flatten(values)})
 
     def log_table(self, name: str, columns: Sequence[str], rows: Sequence[list[Any]]) -> None:
         """Send a table; its cells are plain values or None."""
@@ -92,9 +112,91 @@ class WandbTracker:
 
         self._run.log({name: wandb.Table(columns=list(columns), data=list(rows))})
 
+    def log_folder(self, folder: Path, *, kind: str) -> None:
+        """Send the files of a folder as an artifact, its type and the end of its name `kind`."""
+        import wandb
+
+        name = re.sub(r"[^\w.-]", "-", f"{self._name}-{kind}")
+        artifact = wandb.Artifact(name=name, type=kind)
+        artifact.add_dir(str(folder))
+        self._run.log_artifact(artifact)
+
+    @property
+    def id(self) -> str:
+        """W&B's id of the run."""
+        return self._run.id
+
     def close(self) -> None:
         """Finish the run."""
         self._run.finish()
+
+
+class TensorBoardTracker:
+    """TensorBoard's event files in `tensorboard/` of the run folder."""
+
+    def __init__(self, run_dir: Path, *, resumed_step: int) -> None:
+        """Open a new file beside those of earlier processes.
+
+        Args:
+            run_dir: Folder of our run.
+            resumed_step: Steps already in the train state; what was written after them is hidden.
+                0 removes all files.
+
+        Raises:
+            ValueError: The package is not installed.
+        """
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ValueError(
+                "tracking.tensorboard (=true) needs the package tensorboard. Run "
+                "pip install 'dflash-train[tensorboard]' or leave it out."
+            ) from error
+        folder = run_dir / TENSORBOARD_FOLDER
+        if resumed_step == 0 and folder.is_dir():
+            shutil.rmtree(folder)
+        purge_step = resumed_step + 1 if resumed_step else None
+        self._writer = SummaryWriter(log_dir=str(folder), purge_step=purge_step)
+
+    def log(self, step: int, values: dict[str, Any]) -> None:
+        """Write the numbers of one step under slash-separated names."""
+        for name, value in flatten(values).items():
+            self._writer.add_scalar(name, value, global_step=step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._writer.close()
+
+
+def open_trackers(config: RecipeConfig, *, run_dir: Path, resumed_step: int) -> list[Tracker]:
+    """Open the trackers that a recipe asks for; only one process of a run does.
+
+    Args:
+        config: The recipe.
+        run_dir: Folder of the run.
+        resumed_step: Steps already in the train state.
+
+    Raises:
+        ValueError: A package is not installed.
+    """
+    trackers: list[Tracker] = [JsonlTracker(run_dir / METRICS_NAME, resumed_step=resumed_step)]
+    if config.tracking.wandb:
+        trackers.append(open_wandb(config, run_dir=run_dir, is_new=resumed_step == 0))
+    if config.tracking.tensorboard:
+        trackers.append(TensorBoardTracker(run_dir, resumed_step=resumed_step))
+    return trackers
+
+
+def open_wandb(config: RecipeConfig, *, run_dir: Path, is_new: bool) -> WandbTracker:
+    """Open a recipe's W&B run: a new one, or the one that its folder remembers."""
+    return WandbTracker(
+        config.tracking,
+        run_dir=run_dir,
+        name=config.name,
+        settings=to_plain(config),
+        is_new=is_new,
+    )
 
 
 class Trackers:
@@ -146,3 +248,14 @@ def _lines_up_to(path: Path, last_step: int) -> list[bytes]:
             break
         kept.append(line)
     return kept
+
+
+def _wandb_id(run_dir: Path, *, is_new: bool) -> str:
+    """Give the id that this folder remembers, or a new one, to be remembered."""
+    path = run_dir / _WANDB_ID
+    if not is_new and path.is_file():
+        return path.read_text().strip()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    chosen = secrets.token_hex(4)
+    path.write_text(chosen + "\n")
+    return chosen

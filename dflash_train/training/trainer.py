@@ -5,10 +5,8 @@ place in the stream, never of a rank or of earlier calls, so a resumed run ends 
 as an undisturbed one. Run by `dflash-train train recipe=NAME` or `accelerate launch train.py`.
 """
 
-import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,54 +14,51 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from tqdm import tqdm
 
-from dflash_train.config import RecipeConfig, require, to_plain
-from dflash_train.drafter.checkpoint import save_checkpoint
+from dflash_train.config import FeaturesFrom, RecipeConfig, require
 from dflash_train.drafter.config import DrafterConfig
-from dflash_train.drafter.metadata import METADATA_NAME, CheckpointMetadata
-from dflash_train.drafter.model import Drafter, block_embeddings
+from dflash_train.drafter.metadata import CheckpointMetadata
+from dflash_train.drafter.model import Drafter
 from dflash_train.features.frozen_head import FrozenHead
-from dflash_train.features.store import FeatureStore
-from dflash_train.records.manifest import FileEntry, Manifest
-from dflash_train.training.accelerator import cpu_products
+from dflash_train.features.row_source import RowSource
+from dflash_train.records.manifest import Manifest
+from dflash_train.training.accelerator import (
+    micro_batch,
+    prepare_training,
+    state_layout,
+    sum_over_ranks,
+)
 from dflash_train.training.averaging import AveragedDrafter
 from dflash_train.training.batching import (
-    BatchSource,
     BlockSettings,
     Pack,
     TrainingBatch,
     take_window,
     trainable_rows,
 )
+from dflash_train.training.drafter_loss import DrafterLoss, whole_drafter
 from dflash_train.training.interruption import StopRequest
-from dflash_train.training.losses import LossSettings, LossTerms, block_loss, fixed_weights
+from dflash_train.training.keeping import BEST, RunFolder
+from dflash_train.training.losses import LossSettings, fixed_weights
 from dflash_train.training.metrics import AcceptanceCounts, TrainingCounts
+from dflash_train.training.online import open_batches
 from dflash_train.training.optim import build_optimizer, build_schedule, current_lr
-from dflash_train.training.progress import Progress
-from dflash_train.training.replay import replay_many
-from dflash_train.training.state import (
-    TrainState,
-    clear_states,
-    latest_state,
-    load_state,
-    save_state,
+from dflash_train.training.plan import peak_flops_of_run, run_flops_per_block
+from dflash_train.training.profiling import ProfileWindow
+from dflash_train.training.progress import Progress, Yardstick
+from dflash_train.training.state import TrainState
+from dflash_train.training.step_timers import (
+    BACKWARD,
+    COMMUNICATION,
+    DATA,
+    FORWARD,
+    OPTIMIZER,
+    TARGET,
+    StepTimers,
 )
-from dflash_train.training.tracking import (
-    METRICS_NAME,
-    JsonlTracker,
-    Tracker,
-    Trackers,
-    WandbTracker,
-)
-from dflash_train.training.vocabulary import (
-    SampledHead,
-    count_labels,
-    most_frequent_ids,
-    sample_head,
-)
-
-STATE_FOLDER = "state"
+from dflash_train.training.tracking import Trackers, open_trackers
+from dflash_train.training.validation import replay_validation_rows, validation_values
+from dflash_train.training.vocabulary import SampledHead, choose_vocabulary, sample_head
 
 
 @dataclass(kw_only=True)
@@ -87,8 +82,8 @@ class Trainer:
         accelerator: Accelerator,
         drafter: Drafter,
         head: FrozenHead,
-        train: FeatureStore,
-        validation: FeatureStore,
+        train: RowSource,
+        validation: RowSource,
         run_dir: Path,
         key: str = "",
         stop_token_ids: Sequence[int] = (),
@@ -112,61 +107,76 @@ class Trainer:
             ValueError: `training.minutes` are not yet steps, as `train` makes them; there is
                 nothing to train on or to validate with, or shapes do not fit.
         """
-        self.config = config
-        self.accelerator = accelerator
-        self.run_dir = run_dir
-        self.description = description or CheckpointMetadata()
+        self.config, self.accelerator = config, accelerator
         self.drafter_config = drafter.config
-        trainable = trainable_rows(train)
-        require(
-            len(validation) > 0,
-            f"{validation.folder} has no rows, so no best checkpoint can be chosen. Raise "
-            "data.validation_share and run `ingest` again.",
-        )
+        rows = trainable_rows(train)
+        _check_validation(validation)
         _check_width(train, drafter.config)
         _check_width(validation, drafter.config)
-        self.validation_store = validation
-        self.head = _head_on(head, accelerator.device)
-        self.dtype = next(drafter.parameters()).dtype
+        self.train_lines, self.validation_store = train.lines, validation
         self.max_steps = _num_steps(config)
-        self.is_label = self._choose_vocabulary(drafter, train, trainable, stop_token_ids)
-        optimizer = build_optimizer(drafter, config.optim)
-        schedule = build_schedule(optimizer, config.optim, max_steps=self.max_steps)
-        self.model, self.optimizer, self.schedule = accelerator.prepare(
-            drafter.train(), optimizer, schedule
+        self.is_label = choose_vocabulary(
+            drafter,
+            train,
+            rows,
+            num_drawn=config.training.head_sample,
+            keeps_ids=config.init is not None,
+            stop_token_ids=stop_token_ids,
         )
+        self.head = _head_on(head, accelerator.device)
+        self.output_head = drafter.to(accelerator.device).output_head(self.head)
+        self._prepare(drafter.train())
         decay = config.training.ema_decay
         self.averaged = None if decay is None else AveragedDrafter(self.drafter, decay)
-        self.output_head = self.drafter.output_head(self.head)
-        self.source = BatchSource(
-            train, self._block_settings(), pack_tokens=config.training.pack_tokens
+        self.source = open_batches(
+            train,
+            self._block_settings(),
+            config=config,
+            num_ranks=accelerator.num_processes,
+            device=accelerator.device,
         )
+        self.timers = StepTimers(accelerator.device)
+        self.loading = TARGET if config.data.features is FeaturesFrom.online else DATA
         self.loss_settings = LossSettings(
             loss=config.loss,
             slot_weights=fixed_weights(config.loss, drafter.config).to(accelerator.device),
             chunk=config.training.head_chunk,
         )
-        self.state = TrainState(key=key, pending=self._no_counts())
+        self.run_folder = RunFolder(
+            folder=run_dir,
+            accelerator=accelerator,
+            description=description or CheckpointMetadata(),
+            training_rows=len(rows),
+            keep_states=config.training.keep_states,
+        )
+        self.state = TrainState(
+            key=key,
+            pending=self._no_counts(),
+            num_processes=accelerator.num_processes,
+            packs_per_step=config.training.accumulation_steps * accelerator.num_processes,
+            layout=state_layout(accelerator),
+        )
 
     @property
     def drafter(self) -> Drafter:
-        """The bare drafter that is trained, as it stands."""
-        return self.accelerator.unwrap_model(self.model)
+        """The whole drafter that is trained, as it stands.
+
+        Where the launch shards it, that is a gathered copy, and every rank must ask together.
+        """
+        return whole_drafter(self.accelerator, self.model)
 
     @property
     def deployable(self) -> Drafter:
-        """The drafter that validation replays and checkpoints hold: averaged if the recipe asks."""
+        """The drafter that validation replays and checkpoints hold: averaged if the recipe asks.
+
+        Every rank must ask together.
+        """
         return self.drafter if self.averaged is None else self.averaged.drafter
 
     @property
     def checkpoint_dir(self) -> Path:
         """Folder of `best` and `last`."""
-        return self.run_dir / "checkpoint"
-
-    @property
-    def state_dir(self) -> Path:
-        """Folder of the train states."""
-        return self.run_dir / STATE_FOLDER
+        return self.run_folder.checkpoint_dir
 
     def fit(self) -> TrainState:
         """Train to the last step, from the newest train state if there is one.
@@ -174,28 +184,35 @@ class Trainer:
         Raises:
             KeyboardInterrupt: SIGINT or SIGTERM came; the train state is saved.
         """
-        self._resume()
+        self.state = self.run_folder.resume(self.state, averaged=self.averaged)
         settings, last_step = self.config.training, self.max_steps
-        with StopRequest() as stop, self._open_trackers() as trackers, self._progress() as progress:
+        with (
+            StopRequest() as stop,
+            self._open_trackers() as trackers,
+            self._progress() as progress,
+            self._profile() as profile,
+        ):
             stream = self.source.stream(epoch=self.state.epoch, position=self.state.position)
             while self.state.step < last_step:
+                profile.step(self.state.step + 1)
                 self._advance(stream, trackers, progress)
                 is_last = self.state.step == last_step
                 if is_last or self.state.step % settings.validate_every == 0:
                     self._validate_and_keep_best(trackers, progress)
                 must_stop = self._is_any(stop.is_made)
                 if is_last or must_stop or self.state.step % settings.save_every == 0:
-                    self._save()
+                    self.run_folder.save_state(self.state, averaged=self.averaged)
                 if must_stop and not is_last:
                     raise KeyboardInterrupt(f"train state saved at step {self.state.step}")
         return self.state
 
     def next_window(self, stream: Iterator[Pack]) -> list[Pack]:
         """Take the packs of the next optimiser step, those of all ranks."""
+        num_ranks = self.accelerator.num_processes
         return take_window(
             stream,
-            num_micro_batches=self.config.training.accumulation_steps,
-            num_ranks=self.accelerator.num_processes,
+            num_micro_batches=self.state.packs_per_step // num_ranks,
+            num_ranks=num_ranks,
         )
 
     def train_step(self, window: list[Pack]) -> StepResult:
@@ -205,17 +222,20 @@ class Trainer:
             window: The packs of all ranks, from `take_window`.
         """
         ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
-        batches = [self.source.load(pack) for pack in window[rank::ranks]]
+        with self.timers.phase(self.loading):
+            batches = [self.source.load(pack) for pack in window[rank::ranks]]
         scale = ranks / self._denominator(batches)  # wrappers average over ranks
-        rows = self._rows_of_step()
-        own_counts = self._no_counts()
-        for number, batch in enumerate(batches, start=1):
-            is_last = number == len(batches)
-            no_sync = nullcontext() if is_last else self.accelerator.no_sync(self.model)
-            with no_sync, cpu_products(self.config.launch):
-                terms = self._loss(batch, rows)
-                self.accelerator.backward(terms.loss_sum * scale)
-            own_counts += terms.counts
+        counts = self._run_micro_batches(batches, scale)
+        with self.timers.phase(OPTIMIZER):
+            grad_norm, lr = self._update()
+        return StepResult(
+            counts=TrainingCounts.from_tensor(self._sum_over_ranks(counts)),
+            grad_norm=grad_norm,
+            lr=lr,
+        )
+
+    def _update(self) -> tuple[float, float]:
+        """Clip and step; give the norm of the gradient before clipping and the learning rate."""
         grad_norm = self.accelerator.clip_grad_norm_(
             self.model.parameters(), self.config.optim.max_grad_norm
         )
@@ -226,63 +246,45 @@ class Trainer:
             self.averaged.update(self.drafter)
         self.schedule.step()
         self.optimizer.zero_grad()
-        counts = TrainingCounts.from_tensor(self._sum_over_ranks(own_counts.to_tensor()))
-        return StepResult(counts=counts, grad_norm=float(grad_norm), lr=lr)
+        return float(grad_norm), lr
 
     def validate(self) -> AcceptanceCounts:
-        """Replay up to `validation_rows` rows, spread evenly over the split, shared among ranks."""
-        store, ranks = self.validation_store, self.accelerator.num_processes
-        num_rows = min(len(store), self.config.training.validation_rows)
-        chosen = [number * len(store) // num_rows for number in range(num_rows)]
-        own_rows = [store[index] for index in chosen[self.accelerator.process_index :: ranks]]
-        own_counts = replay_many(self.deployable, self.head, own_rows)
-        counts = AcceptanceCounts.from_tensor(self._sum_over_ranks(own_counts.to_tensor()))
-        require(
-            counts.num_steps > 0,
-            f"{store.folder} has no answer of two tokens or more, so no step can be replayed. "
-            "Raise data.validation_share or data.max_new_tokens.",
-        )
-        return counts
+        """Replay the validation rows, shared among ranks."""
+        return self._validate(self.deployable)
 
     def finish(self, manifest: Manifest) -> Manifest:
         """Write `checkpoint/last`, complete the manifest and write it last."""
-        if self.accelerator.is_main_process:
-            self._save_checkpoint("last")
-            folder = self.checkpoint_dir
-            # Metadata names code and versions: another commit with the same weights is no change.
-            files = sorted(
-                path
-                for path in [*folder.glob("best/*"), *folder.glob("last/*")]
-                if path.name != METADATA_NAME
-            )
-            manifest.outputs = [FileEntry.of(path, folder) for path in files]
-            manifest.details |= {
-                "steps": self.state.step,
-                "best_step": self.state.best_step,
-                "best_acceptance_length": self.state.best_acceptance,
-                "parameters": sum(p.numel() for p in self.drafter.parameters()),
-                "training_rows": len(self.source.rows),
-                "processes": self.accelerator.num_processes,
-                "threads_per_process": torch.get_num_threads(),
-            }
-            manifest.write(folder)
-        self.accelerator.wait_for_everyone()
+        self.run_folder.finish(manifest, self.deployable, state=self.state)
         return manifest
+
+    def _prepare(self, drafter: Drafter) -> None:
+        """Build optimiser and schedule, and wrap all three for this launch."""
+        optimizer = build_optimizer(drafter, self.config.optim)
+        self.model, self.optimizer, self.schedule = prepare_training(
+            self.accelerator,
+            DrafterLoss(drafter, self.head, launch=self.config.launch),
+            optimizer,
+            build_schedule(optimizer, self.config.optim, max_steps=self.max_steps),
+            max_grad_norm=self.config.optim.max_grad_norm,
+        )
 
     def _advance(self, stream: Iterator[Pack], trackers: Trackers, progress: Progress) -> None:
         """Run one step, move the state forward and log when it is time."""
         settings, state = self.config.training, self.state
         started = time.perf_counter()
-        window = self.next_window(stream)
-        result = self.train_step(window)
+        with self.timers.step():
+            window = self.next_window(stream)
+            result = self.train_step(window)
         progress.advance(result.counts, time.perf_counter() - started)
         state.step += 1
         state.epoch, state.position = window[-1].epoch, window[-1].position + 1
         state.pending += result.counts
         if state.step % settings.log_every == 0:
-            trackers.log(state.step, self._step_values(result) | progress.rates())
+            speed = progress.rates() | {"seconds": self.timers.seconds()}
+            trackers.log(state.step, self._step_values(result) | speed)
             state.pending = self._no_counts()
             progress.new_window()
+            self.timers.new_window()
 
     def _denominator(self, batches: list[TrainingBatch]) -> float:
         """Count Z over all ranks and micro-batches of the step, before its first forward."""
@@ -297,6 +299,25 @@ class Trainer:
         )
         return total
 
+    def _run_micro_batches(self, batches: list[TrainingBatch], scale: float) -> Tensor:
+        """Add up this rank's gradients, and its counts as `TrainingCounts.to_tensor`."""
+        rows = self._rows_of_step()
+        settings = replace(self.loss_settings, log_weights=rows.log_weights)
+        counts = self._no_counts().to_tensor()
+        for number, batch in enumerate(batches, start=1):
+            with micro_batch(
+                self.accelerator,
+                self.model,
+                is_last=number == len(batches),
+                launch=self.config.launch,
+            ):
+                with self.timers.phase(FORWARD):
+                    loss_sum, own_counts = self.model(batch, rows.head, settings)
+                with self.timers.phase(BACKWARD):
+                    self.accelerator.backward(loss_sum * scale)
+            counts += own_counts
+        return counts
+
     def _rows_of_step(self) -> SampledHead:
         """Give the rows of the head that this step's softmax runs over."""
         if self.is_label is None:
@@ -308,46 +329,6 @@ class Trainer:
             seed=self.config.seed,
             step=self.state.step,
         )
-
-    def _loss(self, batch: TrainingBatch, rows: SampledHead) -> LossTerms:
-        batch = batch.to(self.accelerator.device, dtype=self.dtype)
-        embeddings = block_embeddings(
-            self.head,
-            batch.anchor_ids,
-            num_slots=self.drafter_config.block_size,
-            config=self.drafter_config,
-        )
-        hidden = self.model(embeddings.to(self.dtype), batch.target_features, batch.blocks)
-        return block_loss(
-            hidden,
-            batch,
-            rows.head,
-            drafter=self.drafter,
-            settings=replace(self.loss_settings, log_weights=rows.log_weights),
-        )
-
-    def _choose_vocabulary(
-        self,
-        drafter: Drafter,
-        store: FeatureStore,
-        rows: list[int],
-        stop_token_ids: Sequence[int],
-    ) -> Tensor | None:
-        """Set a reduced drafter's ids; give `[V]` bool, ids that are labels, if heads are sampled.
-
-        Both come from the labels of the training rows.
-        """
-        size, num_drawn = drafter.config.draft_vocab_size, self.config.training.head_sample
-        if size is None and num_drawn == 0:
-            return None
-        counts = count_labels(store, rows, vocab_size=drafter.config.vocab_size)
-        if (
-            size is not None and self.config.init is None
-        ):  # its tables keep their ids
-            drafter.set_draft_vocabulary(
-                most_frequent_ids(counts, size, always=list(stop_token_ids))
-            )
-        return counts > 0 if num_drawn else None
 
     def _block_settings(self) -> BlockSettings:
         config, shape, ids = self.config, self.drafter_config, self.output_head.draft_token_ids
@@ -364,83 +345,64 @@ class Trainer:
     def _no_counts(self) -> TrainingCounts:
         return TrainingCounts.zeros(self.drafter_config.num_drafts)
 
-    def _validate_and_keep_best(self, trackers: Trackers, progress: Progress) -> None:
-        counts = self.validate()
-        progress.acceptance = counts.pooled
-        trackers.log(
-            self.state.step,
-            {
-                "validation": {
-                    "acceptance_length": {
-                        "pooled": counts.pooled,
-                        "per_request": counts.per_request,
-                    },
-                    "num_requests": counts.num_requests,
-                }
-            },
+    def _validate(self, drafter: Drafter) -> AcceptanceCounts:
+        return replay_validation_rows(
+            drafter,
+            self.head,
+            self.validation_store,
+            max_rows=self.config.training.validation_rows,
+            accelerator=self.accelerator,
         )
+
+    def _validate_and_keep_best(self, trackers: Trackers, progress: Progress) -> None:
+        drafter = self.deployable
+        counts = self._validate(drafter)
+        progress.acceptance = counts.pooled
+        trackers.log(self.state.step, validation_values(counts))
         if counts.pooled > self.state.best_acceptance:
             self.state.best_acceptance, self.state.best_step = counts.pooled, self.state.step
-            if self.accelerator.is_main_process:
-                self._save_checkpoint("best")
-
-    def _save_checkpoint(self, name: str) -> None:
-        """Write `checkpoint/<name>`; no clock goes into it, so equal runs write equal bytes."""
-        done = {
-            "steps": self.state.step,
-            "training_rows": len(self.source.rows),
-            "processes": self.accelerator.num_processes,
-            "parameters": sum(p.numel() for p in self.drafter.parameters()),
-            "acceptance_length": self.state.best_acceptance if name == "best" else None,
-        }
-        provenance = self.description.provenance | done
-        save_checkpoint(
-            self.deployable,
-            self.checkpoint_dir / name,
-            metadata=replace(self.description, provenance=provenance),
-        )
-
-    def _resume(self) -> None:
-        newest = latest_state(self.state_dir, key=self.state.key)
-        self.accelerator.wait_for_everyone()
-        if newest is not None:
-            self.state = load_state(self.accelerator, newest, averaged=self.averaged)
-            self._say(f"train: resuming at step {self.state.step}")
-        elif self.accelerator.is_main_process:
-            clear_states(self.state_dir)
-
-    def _save(self) -> None:
-        keep = self.config.training.keep_states
-        save_state(
-            self.accelerator,
-            self.state,
-            folder=self.state_dir,
-            keep=keep,
-            averaged=self.averaged,
-        )
+            self.run_folder.save_checkpoint(drafter, BEST, state=self.state)
 
     def _open_trackers(self) -> Trackers:
-        trackers: list[Tracker] = []
-        if self.accelerator.is_main_process:
-            path = self.run_dir / METRICS_NAME
-            trackers.append(JsonlTracker(path, resumed_step=self.state.step))
-            if self.config.tracking.wandb:
-                trackers.append(
-                    WandbTracker(
-                        self.config.tracking,
-                        run_dir=self.run_dir,
-                        name=self.config.name,
-                        settings=to_plain(self.config),
-                    )
-                )
-        return Trackers(trackers)
+        if not self.accelerator.is_main_process:
+            return Trackers([])
+        run_dir, step = self.run_folder.folder, self.state.step
+        return Trackers(open_trackers(self.config, run_dir=run_dir, resumed_step=step))
 
     def _progress(self) -> Progress:
         return Progress(
             total=self.max_steps,
             done=self.state.step,
             is_shown=self.accelerator.is_main_process,
+            yardstick=Yardstick(
+                flops_per_block=run_flops_per_block(
+                    self.config,
+                    self.drafter_config,
+                    self.train_lines,
+                    head_rows=self._num_head_rows(),
+                ),
+                peak_flops=peak_flops_of_run(
+                    self.accelerator.device,
+                    config=self.config,
+                    ranks=self.accelerator.num_processes,
+                ),
+                device=self.accelerator.device,
+            ),
         )
+
+    def _profile(self) -> ProfileWindow:
+        return ProfileWindow(
+            self.config.training.profile_steps,
+            run_dir=self.run_folder.folder,
+            rank=self.accelerator.process_index,
+        )
+
+    def _num_head_rows(self) -> int:
+        """Give the rows of the head that a step's softmax runs over."""
+        if self.is_label is None:
+            return len(self.output_head.lm_head_weight)
+        wanted = int(self.is_label.sum()) + self.config.training.head_sample
+        return min(len(self.is_label), wanted)
 
     def _step_values(self, result: StepResult) -> dict[str, Any]:
         pending = self.state.pending
@@ -454,19 +416,12 @@ class Trainer:
         }
 
     def _sum_over_ranks(self, values: Tensor) -> Tensor:
-        if self.accelerator.num_processes == 1:
-            return values
-        total = self.accelerator.reduce(values.to(self.accelerator.device), reduction="sum")
-        assert isinstance(total, Tensor)
-        return total.cpu()
+        with self.timers.phase(COMMUNICATION):
+            return sum_over_ranks(self.accelerator, values)
 
     def _is_any(self, flag: bool) -> bool:
         """Agree on a flag: a signal may reach one rank a step before another."""
         return bool(self._sum_over_ranks(torch.tensor(float(flag))) > 0)
-
-    def _say(self, message: str) -> None:
-        if self.accelerator.is_main_process:
-            tqdm.write(message, file=sys.stderr)
 
 
 def _num_steps(config: RecipeConfig) -> int:
@@ -479,7 +434,15 @@ def _num_steps(config: RecipeConfig) -> int:
     return max_steps
 
 
-def _check_width(store: FeatureStore, config: DrafterConfig) -> None:
+def _check_validation(store: RowSource) -> None:
+    require(
+        len(store) > 0,
+        f"{store.folder} has no rows, so no best checkpoint can be chosen. Raise "
+        "data.validation_share and run `ingest` again.",
+    )
+
+
+def _check_width(store: RowSource, config: DrafterConfig) -> None:
     found, expected = store[0].features.shape[1], config.num_taps * config.hidden_size
     require(
         found == expected,

@@ -54,7 +54,7 @@ def selector_terms(
         [
             checkpoint(
                 _scores, drafter, head, hidden, previous, offered,
-                use_reentrant=False, preserve_rng_state=False,
+                use_reentrant=False, preserve_rng_state=False, determinism_check="none",
             )
             for hidden, previous, offered in parts
         ]
@@ -78,6 +78,7 @@ def confidence_loss(
         accepted_S: `[S]` in 0..1, probability that the slot's draft is accepted, detached.
     """
     logits_S = drafter.confidence_logits(hidden_SE, previous_S)
+    logits_S = logits_S.to(torch.promote_types(logits_S.dtype, torch.float32))
     target_S = accepted_S.detach().to(logits_S.dtype)
     return functional.binary_cross_entropy_with_logits(logits_S, target_S, reduction="none")
 
@@ -89,7 +90,7 @@ def _scores(
     rows_cCE = functional.embedding(index_cC, head.lm_head_weight)
     logits_cC = (rows_cCE @ hidden_cE.to(rows_cCE.dtype)[..., None]).squeeze(-1)
     logits_cC = logits_cC.to(torch.promote_types(logits_cC.dtype, torch.float32))
-    return drafter.candidate_selector.scores(
+    return drafter.candidate_selector(
         hidden_cE,
         previous_c,
         logits_SC=drafter.shape_logits(logits_cC),

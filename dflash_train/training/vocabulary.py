@@ -7,23 +7,58 @@ rows, plus some of the others, drawn anew each step and weighted up to stand for
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from dflash_train.drafter.model import Drafter
 from dflash_train.features.frozen_head import FrozenHead
-from dflash_train.features.store import FeatureStore
+from dflash_train.features.row_source import RowSource
 from dflash_train.training.blocks import hashed_generator
 
 
-def count_labels(store: FeatureStore, rows: list[int], *, vocab_size: int) -> Tensor:
+def count_labels(store: RowSource, rows: list[int], *, vocab_size: int) -> Tensor:
     """Count how often each id can be a label: `[V]` int64 over the given rows' answers."""
     counts = torch.zeros(vocab_size, dtype=torch.int64)
     for index in rows:
         input_ids, loss_mask = store.read_tokens(index)
         counts += torch.bincount(input_ids[loss_mask], minlength=vocab_size)
     return counts
+
+
+def choose_vocabulary(
+    drafter: Drafter,
+    store: RowSource,
+    rows: list[int],
+    *,
+    num_drawn: int,
+    keeps_ids: bool,
+    stop_token_ids: Sequence[int],
+) -> Tensor | None:
+    """Set a reduced drafter's ids, and list the labels where heads are sampled.
+
+    Both come from the labels of the training rows.
+
+    Args:
+        drafter: About to be trained.
+        store: The training split.
+        rows: Those that are trained on.
+        num_drawn: `training.head_sample`.
+        keeps_ids: The drafter has been trained before, so its tables keep their ids.
+        stop_token_ids: Ids that a reduced vocabulary holds in any case.
+
+    Returns:
+        `[V]` bool, ids that are labels; None where every step takes the whole head.
+    """
+    size = drafter.config.draft_vocab_size
+    if size is None and num_drawn == 0:
+        return None
+    counts = count_labels(store, rows, vocab_size=drafter.config.vocab_size)
+    if size is not None and not keeps_ids:
+        drafter.set_draft_vocabulary(most_frequent_ids(counts, size, always=list(stop_token_ids)))
+    return counts > 0 if num_drawn else None
 
 
 def most_frequent_ids(counts: Tensor, size: int, *, always: list[int]) -> Tensor:

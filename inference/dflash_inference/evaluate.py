@@ -9,7 +9,7 @@ Each file is written whole, and one that exists is not made again: the caller ha
 folder unless its files were begun with the same recipe and inputs.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,8 @@ from dflash_inference.trace import (
 from dflash_train.config import RecipeConfig
 from dflash_train.drafter.model import Drafter
 from dflash_train.features.frozen_head import FrozenHead
-from dflash_train.features.store import FeatureRow, FeatureStore
+from dflash_train.features.row_source import RowSource
+from dflash_train.features.store import FeatureRow
 from dflash_train.features.target import Target
 from dflash_train.records.manifest import FileEntry, Manifest
 from dflash_train.records.provenance import machine
@@ -47,7 +48,7 @@ def evaluate(
     *,
     target: Target,
     drafter: Drafter,
-    stores: dict[str, FeatureStore],
+    stores: Mapping[str, RowSource],
     manifest: Manifest,
 ) -> Manifest:
     """Write the traces of every split and of the live prompts, then the manifest.
@@ -113,7 +114,7 @@ def lookup_row(row: FeatureRow, *, split: str, block_size: int) -> DecodeTrace:
     return _stored_trace(row, steps, split=split, block_size=block_size)
 
 
-def foreign_rows(store: FeatureStore) -> Iterator[FeatureRow]:
+def foreign_rows(store: RowSource) -> Iterator[FeatureRow]:
     """Give every row with the features of a row of another conversation, as negative control.
 
     The partner is half the store away, or the next one after it that belongs to another
@@ -143,7 +144,7 @@ def describe_drafter(drafter: Drafter) -> dict[str, Any]:
 
 
 def _trace_split(
-    folder: Path, split: str, store: FeatureStore, *, drafter: Drafter, head: FrozenHead
+    folder: Path, split: str, store: RowSource, *, drafter: Drafter, head: FrozenHead
 ) -> None:
     """Write replay, prompt lookup and, for traffic, the negative control of one split."""
 

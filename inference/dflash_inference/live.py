@@ -12,6 +12,7 @@ passes packed and compiled, which rounds sums in another order: what turns by th
 """
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,7 +28,8 @@ from dflash_inference.lookup_drafts import LookupDrafts
 from dflash_inference.trace import DecodeTrace, group_of, steps_of, write_traces
 from dflash_train.config import EvaluateConfig
 from dflash_train.drafter.model import Drafter
-from dflash_train.features.store import FeatureRow, FeatureStore
+from dflash_train.features.row_source import RowSource
+from dflash_train.features.store import FeatureRow
 from dflash_train.features.target import Target
 from dflash_train.training.replay import replay
 
@@ -35,6 +37,8 @@ LIVE_FILE = "live.jsonl"
 PLAIN_FILE = "plain.jsonl"
 WIDTH_ONE_FILE = "width1.jsonl"
 LOOKUP_FILE = "live_lookup.jsonl"
+WAY_FILES = (PLAIN_FILE, WIDTH_ONE_FILE, LOOKUP_FILE, LIVE_FILE)
+"""Traces of the ways of decoding, by way; plain decoding first."""
 WARM_UP_TOKENS = 8
 
 
@@ -62,7 +66,7 @@ class LivePrompt:
         return replace(trace, id=row.id, group=group, conversation=row.session or row.id)
 
 
-def choose_prompts(config: EvaluateConfig, stores: dict[str, FeatureStore]) -> list[LivePrompt]:
+def choose_prompts(config: EvaluateConfig, stores: Mapping[str, RowSource]) -> list[LivePrompt]:
     """Choose live prompts by seed: traffic in turns from each tenant, evaluation sets at random."""
     prompts: list[LivePrompt] = []
     for split, store in stores.items():
@@ -79,7 +83,7 @@ def decode_live(
     *,
     target: Target,
     drafter: Drafter,
-    stores: dict[str, FeatureStore],
+    stores: Mapping[str, RowSource],
     folder: Path,
     fast: bool = False,
 ) -> None:
@@ -94,10 +98,13 @@ def decode_live(
         fast: As for `SpeculativeDecoder`; the oracle and the checks stay exact.
     """
     prompts, budget = choose_prompts(config, stores), config.live_max_new_tokens
+    if not prompts:  # replay alone: nothing needs a decoder, which some targets have none of
+        _write(folder, {name: [] for name in WAY_FILES}, [])
+        return
     ways = _Ways(target, drafter, fast=fast)
     for prompt in prompts[:1]:
         ways.decode(prompt.token_ids, budget=WARM_UP_TOKENS)
-    decoded: dict[str, list[DecodeTrace]] = {name: [] for name in ways.files}
+    decoded: dict[str, list[DecodeTrace]] = {name: [] for name in WAY_FILES}
     checks: list[LiveCheck] = []
     batched = _decode_batch(target, prompts, budget=budget)
     for prompt, batch_ids in zip(
@@ -117,6 +124,11 @@ def decode_live(
                 dtype=target.model.dtype,
             )
         )
+    _write(folder, decoded, checks)
+
+
+def _write(folder: Path, decoded: dict[str, list[DecodeTrace]], checks: list[LiveCheck]) -> None:
+    """Write the traces of each way, then the checks."""
     for name, traces in decoded.items():
         write_traces(folder / name, traces)
     write_checks(folder / LIVE_CHECK_FILE, checks)  # last: its presence says all are there
@@ -135,11 +147,6 @@ class _Ways:
             LOOKUP_FILE: (LookupDrafts(num_drafts), num_drafts + 1),
             LIVE_FILE: (FirstDrafts(), drafter.config.block_size),
         }
-
-    @property
-    def files(self) -> list[str]:
-        """All of them, plain decoding first."""
-        return [PLAIN_FILE, *self._policies]
 
     def decode(self, prompt_ids: list[int], *, budget: int) -> dict[str, DecodeTrace]:
         """Decode a prompt in each way in turn."""
@@ -184,7 +191,7 @@ def replay_live(
     return replace(live, steps=steps, prefill_s=0.0)
 
 
-def _spread_over_tenants(store: FeatureStore, num_prompts: int, *, seed: int) -> list[int]:
+def _spread_over_tenants(store: RowSource, num_prompts: int, *, seed: int) -> list[int]:
     """Choose row positions: shuffle each tenant's rows, then take one of each tenant in turns."""
     generator = np.random.default_rng(seed)
     by_tenant: dict[str, list[int]] = defaultdict(list)

@@ -466,8 +466,8 @@ def test_the_command_prints_the_estimate_and_collects_nothing(
     assert lines["calls"] == "28 to read, 0 linked from regenerate"
     assert lines["disk"].endswith("81 a token")  # 2 taps of 32 bytes and a scale, id, mask
     assert not (many.run_dir / "features").exists()
-    assert main(["train", "--dry-run", *overrides]) == 2
-    assert "--dry-run is for ingest, regenerate, collect" in capsys.readouterr().err
+    assert main(["evaluate", "--dry-run", *overrides]) == 2
+    assert "not for `evaluate`" in capsys.readouterr().err
 
 
 def test_what_regenerate_left_costs_nothing(

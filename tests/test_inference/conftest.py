@@ -337,9 +337,7 @@ def _scores(drafter: Drafter, hidden_SE: Tensor, previous_S: Tensor, target: Tar
         return logits_SV + drafter.markov_head(hidden_SE, previous_S)
     if drafter.candidate_selector is not None:
         ids_SV = torch.arange(logits_SV.shape[1]).expand_as(logits_SV)
-        return drafter.candidate_selector.scores(
-            hidden_SE, previous_S, logits_SC=logits_SV, ids_SC=ids_SV
-        )
+        return drafter.candidate_selector(hidden_SE, previous_S, logits_SC=logits_SV, ids_SC=ids_SV)
     return logits_SV
 
 

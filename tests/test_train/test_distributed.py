@@ -1,105 +1,128 @@
-"""Two processes over gloo against one with twice the accumulation, in float64."""
+"""Two processes over gloo against one: the same losses, the same weights, the same states."""
 
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
-from dflash_train.config import LossConfig, RecipeConfig, Weighting
-from dflash_train.features.store import FeatureStore
-from dflash_train.features.target import Target
-from dflash_train.testing import VARIANTS, assert_close, tiny_drafter, tiny_target
-from dflash_train.training.accelerator import build_accelerator
-from dflash_train.training.trainer import Trainer
+from dflash_train.testing import assert_close, tiny_target
+from dflash_train.training.keeping import shared_packs
+from dflash_train.training.state import latest_state
+from tests.test_train.launched_runs import (
+    ONE_RANK,
+    ROW_TOKENS,
+    RUNS,
+    TWO_RANKS,
+    Run,
+    even_rows,
+    fit,
+    losses,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
-CASES = ["plain-decay", "dflash2-dpace", "dspark-dpace"]
-PROGRAM = """
-import sys
-from pathlib import Path
-from dflash_train.config import *
-from dflash_train.drafter.checkpoint import save_checkpoint
-from dflash_train.features.store import FeatureStore
-from dflash_train.testing import VARIANTS, tiny_drafter, tiny_target
-from dflash_train.training.accelerator import build_accelerator
-from dflash_train.training.trainer import Trainer
-import torch
-
-folder = Path(sys.argv[1])
-target = tiny_target(dtype=torch.float64)
-store = FeatureStore.open(folder / "features")
-for case in sys.argv[2:]:
-    variant, weighting = case.split("-")
-    config = RecipeConfig(
-        name=case, runs_dir=str(folder), target=TargetConfig(name_or_path="tiny"),
-        drafter=DrafterSettings(mask_token_id=3),
-        training=TrainingConfig(max_steps=4, num_anchors=4, pack_tokens=40,
-                                validate_every=2, save_every=2, log_every=1),
-        loss=LossConfig(weighting=Weighting[weighting]),
-        optim=OptimConfig(lr=3e-3), launch=LaunchConfig(num_threads=1),
-    )
-    accelerator = build_accelerator(config.launch)
-    assert accelerator.num_processes == 2
-    trainer = Trainer(
-        config, accelerator=accelerator,
-        drafter=tiny_drafter(target, dtype=torch.float64, **VARIANTS[variant]),
-        head=target.head, train=store, validation=store, run_dir=config.run_dir,
-    )
-    trainer.fit()
-    save_checkpoint(trainer.drafter, folder / f"{case}-rank-{accelerator.process_index}")
-    accelerator.free_memory()
-accelerator.end_training()
-"""
+NUM_EVEN_ROWS = 8
 
 
-def launch(folder: Path, cases: list[str]) -> None:
-    program = folder / "program.py"
-    program.write_text(PROGRAM)
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program)]
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, answer_rows, write_split) -> Path:
+    """Features, and all runs of two ranks, in one launch."""
+    folder = tmp_path_factory.mktemp("distributed")
+    target = tiny_target(dtype=torch.float64)
+    uneven = answer_rows(target, [5, 9, 7, 12, 6, 8, 10])
+    write_split(folder / "uneven", uneven, dtype=torch.float64)
+    even = even_rows(answer_rows(target, [ROW_TOKENS - 8] * NUM_EVEN_ROWS, seed=1))
+    assert {len(row.input_ids) for row in even} == {ROW_TOKENS}
+    write_split(folder / "even", even, dtype=torch.float64)
+    fit(folder, RUNS["cut on one"], "cut on one")
+    launch(folder, list(TWO_RANKS))
+    return folder
+
+
+def launch(folder: Path, names: list[str]) -> None:
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
-        [sys.executable, *command, str(folder), *cases],
+        [sys.executable, *command, "-m", "tests.test_train.launched_runs", str(folder), *names],
         env=environment,
+        cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=600,
         check=False,
     )
+    (folder / "said").write_text(result.stderr)
     assert result.returncode == 0, result.stderr[-3000:]
 
 
-def test_two_processes_equal_one_with_twice_the_accumulation(
-    tmp_path: Path, answer_rows, write_split, tiny_recipe
-):
-    target: Target = tiny_target(dtype=torch.float64)
-    rows = answer_rows(target, [5, 9, 7, 12, 6, 8, 10])
-    store: FeatureStore = write_split(tmp_path / "features", rows, dtype=torch.float64)
-    launch(tmp_path, CASES)
-    for case in CASES:
-        variant, weighting = case.split("-")
-        config: RecipeConfig = tiny_recipe(
-            tmp_path, name=f"{case}-one", max_steps=4, accumulation_steps=2, pack_tokens=40,
-            validate_every=2, log_every=1, head_chunk=1024,
-        )  # fmt: skip
-        config = replace(config, loss=LossConfig(weighting=Weighting[weighting]))
-        trainer = Trainer(
-            config,
-            accelerator=build_accelerator(config.launch),
-            drafter=tiny_drafter(target, dtype=torch.float64, **VARIANTS[variant]),
-            head=target.head,
-            train=store,
-            validation=store,
-            run_dir=config.run_dir,
-        )
-        # Two processes run the same window: their two packs, one each.
-        trainer.fit()
-        weights = trainer.drafter.state_dict()
-        for rank in range(2):
-            other = load_file(tmp_path / f"{case}-rank-{rank}" / "model.safetensors")
-            for name, tensor in weights.items():
-                assert_close(f"{case}: {name} on rank {rank}", other[name], tensor, 1e-10)
-        assert trainer.validate().pooled > 0
+def weights(folder: Path, name: str, rank: int = 0) -> dict[str, torch.Tensor]:
+    return load_file(folder / f"{name}-rank-{rank}" / "model.safetensors")
+
+
+def assert_same_weights(folder: Path, name: str, want: str, *, ranks: int = 1) -> None:
+    for rank in range(ranks):
+        got = weights(folder, name, rank)
+        for key, tensor in weights(folder, want).items():
+            assert_close(f"{name}: {key} on rank {rank}", got[key], tensor, 1e-10)
+
+
+@pytest.mark.parametrize("name", ["plain", "dflash2", "dspark", "averaged"])
+def test_two_processes_equal_one_with_twice_the_accumulation(folder: Path, name: str):
+    both = TWO_RANKS[name]
+    alone = Run(
+        variant=both.variant,
+        weighting=both.weighting,
+        ema_decay=both.ema_decay,
+        accumulation_steps=2,
+    )
+    fit(folder, alone, f"{name} alone")
+    assert_same_weights(folder, name, f"{name} alone", ranks=2)
+    assert losses(folder, name) == pytest.approx(losses(folder, f"{name} alone"), rel=1e-10)
+
+
+def test_four_rows_give_the_same_losses_however_ranks_and_batches_share_them(folder: Path):
+    alone = ["one rank x 1 row x 4", "one rank x 4 rows"]
+    for name in alone:
+        fit(folder, ONE_RANK[name], name)
+    want, *others = (
+        losses(folder, name) for name in [*alone, "two ranks x 2 rows", "two ranks x 1 row x 2"]
+    )
+    assert len(want) == 50
+    assert want[-1] < 0.9 * want[0], "the drafter learns, so equal losses mean something"
+    for got in others:
+        assert got == pytest.approx(want, rel=1e-9)
+
+
+def test_a_state_of_two_processes_goes_on_on_one(folder: Path, capsys: pytest.CaptureFixture[str]):
+    assert (folder / "cut-stopped-1").exists()
+    fit(folder, ONE_RANK["goes on on one"], "goes on on one")
+    said = capsys.readouterr().err
+    assert "resuming at step 2" in said
+    assert "a step still takes 2 packs, 2 per process" in said
+    assert_same_weights(folder, "goes on on one", "plain")
+
+
+def test_a_state_of_one_process_goes_on_on_two(folder: Path):
+    said = (folder / "said").read_text()
+    assert "the state is of 1 process(es), and there are 2 now" in said
+    assert_same_weights(folder, "goes on on two", "plain", ranks=2)
+
+
+def test_a_signal_at_one_rank_saves_the_state_of_all_and_the_run_goes_on(folder: Path):
+    for rank in range(2):
+        stopped = (folder / f"signalled-stopped-{rank}").read_text()
+        assert stopped == "KeyboardInterrupt('train state saved at step 2')"
+    state = latest_state(folder / "signalled" / "state", key="")
+    assert state is not None
+    assert {path.name for path in state.glob("random_states_*")} == {
+        "random_states_0.pkl",
+        "random_states_1.pkl",
+    }
+    assert_same_weights(folder, "signalled again", "plain", ranks=2)
+
+
+def test_packs_are_shared_evenly_or_as_near_as_can_be():
+    assert [shared_packs(8, ranks) for ranks in (1, 2, 3, 8, 16)] == [8, 4, 3, 1, 1]

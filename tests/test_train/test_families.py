@@ -2,8 +2,11 @@
 
 The models are tiny and random, of the real classes, built from their configs. What is not true of
 every target is here: mixtures of experts, sliding layers whose cache must be cropped, a scaled
-embedding, a soft cap, norms that are stored as a difference from 1, attention sinks, YaRN.
+embedding, a soft cap, norms that are stored as a difference from 1, attention sinks, YaRN, layers
+that differ in heads, and layers with a running state.
 """
+
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +14,11 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
+    Gemma4TextConfig,
     GptOssConfig,
     LlamaConfig,
     PreTrainedConfig,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3MoeConfig,
 )
@@ -42,6 +47,7 @@ _SHAPE = {
     "head_dim": 8, "vocab_size": 260, "max_position_embeddings": 512, "initializer_range": 0.2,
     "bos_token_id": 1, "eos_token_id": STOP_TOKEN_ID, "pad_token_id": 0,
 }  # fmt: skip
+_HEADS_OF_FULL_LAYERS: dict[str, Any] = {"num_global_key_value_heads": 1, "global_head_dim": 16}
 
 FAMILIES: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(**_SHAPE, intermediate_size=64),
@@ -58,6 +64,16 @@ FAMILIES: dict[str, PreTrainedConfig] = {
         **_SHAPE,
         intermediate_size=64,
         query_pre_attn_scalar=8,
+        sliding_window=WINDOW,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2,
+        final_logit_softcapping=30.0,
+    ),
+    "gemma4": Gemma4TextConfig(
+        **_SHAPE,
+        intermediate_size=64,
+        **_HEADS_OF_FULL_LAYERS,
+        attention_k_eq_v=True,
+        hidden_size_per_layer_input=0,
         sliding_window=WINDOW,
         layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2,
         final_logit_softcapping=30.0,
@@ -114,7 +130,10 @@ def input_ids() -> Tensor:
 
 def rope_of_full_layers(target: Target) -> dict[str, object]:
     rope = target.model.config.rope_parameters
-    return rope.get("full_attention", rope)
+    rope = rope.get("full_attention", rope)
+    if rope["rope_type"] == "proportional":  # turns a part of the head; a drafter turns all of it
+        return {"rope_type": "default", "rope_theta": rope["rope_theta"]}
+    return rope
 
 
 def test_taps_are_the_outputs_of_their_layers(target: Target, input_ids: Tensor):
@@ -164,7 +183,7 @@ def test_a_drafter_of_the_targets_shapes_fits(target: Target):
     config = fitting_config(target)
     assert (config.hidden_size, config.vocab_size) == target.head.embedding_weight.shape[::-1]
     assert config.rope_parameters == rope_of_full_layers(target)
-    assert config.final_logit_softcapping == (30.0 if target.name == "gemma3" else None)
+    assert config.final_logit_softcapping == (30.0 if target.name.startswith("gemma") else None)
 
 
 def test_the_block_sees_its_anchor_as_the_target_embeds_it(target: Target, input_ids: Tensor):
@@ -219,9 +238,42 @@ def test_a_drafter_starts_from_layers_of_its_own_kind(family: str):
     )
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "gemma3"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "gemma3", "gemma4"])
 def test_layers_of_another_kind_are_refused_with_the_way_out(family: str):
     target = family_target(family, dtype=torch.float64)
     drafter = Drafter(fitting_config(target)).double()
     with pytest.raises(ValueError, match=r"drafter\.init=random"):
         initialize_from_target(drafter, target.model)
+
+
+RECURRENT = Qwen3_5TextConfig(
+    **_SHAPE,
+    intermediate_size=64,
+    linear_key_head_dim=8,
+    linear_value_head_dim=8,
+    linear_num_key_heads=2,
+    linear_num_value_heads=4,
+    layer_types=["linear_attention", "linear_attention", "full_attention"] * 2,
+)
+
+
+def test_a_running_state_neither_sees_padding_nor_rows_that_have_left_the_batch():
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(RECURRENT, dtype=torch.float32)
+    target = Target(model, tiny_tokenizer(), [1, 3], name="recurrent", revision="seed-0")
+    prompts = [[10, 20, 30], [*range(40, 60)], [11, 12, 13, 14, 15]]  # padded on the left
+    second = target.generate_batch(prompts[:1], max_new_tokens=2)[0].output_ids[-1]
+    target.stop_token_ids = frozenset({second})  # the first row leaves early
+    answers = target.generate_batch(prompts, max_new_tokens=12)
+    assert len(answers[0].output_ids) < max(len(row.output_ids) for row in answers)
+    rows = [[*prompt, *row.output_ids] for prompt, row in zip(prompts, answers, strict=True)]
+    for answer, forced in zip(answers, target.features_of(rows), strict=True):
+        assert_close("features", answer.features, forced, 1e-5)
+
+
+def test_a_drafter_of_a_recurrent_target_is_plain():
+    config = DrafterConfig.for_target(
+        DrafterSettings(mask_token_id=MASK_TOKEN_ID, num_taps=3), RECURRENT
+    )
+    assert config.target_layer_ids == [1, 2, 3]
+    assert config.rope_parameters == {"rope_type": "default", "rope_theta": 10_000.0}

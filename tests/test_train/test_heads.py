@@ -113,7 +113,7 @@ def test_heads_that_start_as_no_change_still_learn(variant: str, target64: Targe
     if drafter.candidate_selector is not None:
         table = drafter.candidate_selector.successor_codebook
         top, ids = logits.topk(4)
-        scores = drafter.candidate_selector.scores(hidden, previous, logits_SC=top, ids_SC=ids)
+        scores = drafter.candidate_selector(hidden, previous, logits_SC=top, ids_SC=ids)
     else:
         assert drafter.markov_head is not None
         table = drafter.markov_head.markov_w2.weight

@@ -30,10 +30,11 @@ def test_a_slot_without_labels_has_no_accuracy():
 
 
 def test_acceptance_is_pooled_over_steps_and_averaged_over_requests():
-    acceptance = AcceptanceCounts()
+    acceptance = AcceptanceCounts.zeros(3)
     acceptance.add_request([3, 3, 3])
     acceptance.add_request([1])
     acceptance.add_request([])
     assert acceptance.pooled == pytest.approx(2.5)
     assert acceptance.per_request == pytest.approx(2.0)
+    assert acceptance.by_position == [0.75, 0.75, 0.0]
     assert AcceptanceCounts.from_tensor(acceptance.to_tensor()) == acceptance

@@ -39,6 +39,9 @@ def test_every_key_of_a_recipe_belongs_to_a_stage_or_is_known_to_change_no_resul
         "serve",  # how the endpoint runs; no stage reads it
         "evaluate.datasets_dir",  # where evaluation sets are, each at its pinned revision
         "evaluate.concurrency", "evaluate.cost_tables",  # inputs of report, by content
+        "target.shapes",  # what a plan takes where the target is out of reach
+        "plan.gpu", "plan.num_gpus", "plan.sharding", "plan.row_tokens",  # what a plan is for
+        "data.features", "data.online",  # inputs of collect, and by it of train
     }  # fmt: skip
     known = harmless.union(*(stage.settings for stage in (SAMPLE_TRAFFIC, *STAGES)))
     recipe = to_plain(compose(["recipe=smollm2"]))

@@ -27,12 +27,12 @@ from dflash_train.testing import STOP_TOKEN_ID, VARIANTS, tiny_drafter
 from dflash_train.training import calibration
 from dflash_train.training.accelerator import build_accelerator
 from dflash_train.training.batching import Pack
+from dflash_train.training.progress import CLOCKED
 from dflash_train.training.replay import replay_many
 from dflash_train.training.stage import train
 from dflash_train.training.trainer import StepResult, Trainer
 from dflash_train.training.vocabulary import count_labels
 
-TIMINGS = ("blocks_per_second", "tokens_per_second")
 FILES = ("best/config.json", "best/model.safetensors", "last/config.json", "last/model.safetensors")
 
 
@@ -77,7 +77,7 @@ def checkpoint_bytes(run_dir: Path) -> dict[str, bytes]:
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in TIMINGS} for line in lines]
+    return [{key: value for key, value in line.items() if key not in CLOCKED} for line in lines]
 
 
 def assert_same_run(first: Path, second: Path) -> None:

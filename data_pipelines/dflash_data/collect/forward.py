@@ -1,7 +1,8 @@
 """Planned rows through the target: what `collect` and its estimate spend their time on.
 
 `FeatureReader` is the seam between the stage and what runs the target. Here is the reader of this
-process; `vllm_reader.py` has the other one. Both give the same rows in the same order.
+process; `vllm_reader.py` has the other one. Both give the same rows in the same order, and so does
+`TokenReader`, which leaves features out for `data.features=online`.
 """
 
 from collections.abc import Generator
@@ -11,8 +12,15 @@ from typing import Protocol
 import torch
 
 from dflash_data.collect.plan import CollectionPlan, PlannedRow
-from dflash_train.config import DataConfig
-from dflash_train.features.shard import EncodedRows, ShardRow, bytes_per_token, encode_rows
+from dflash_train.config import DataConfig, FeaturesFrom
+from dflash_train.features.shard import (
+    ID_AND_MASK_BYTES,
+    EncodedRows,
+    ShardRow,
+    bytes_per_token,
+    encode_rows,
+    encode_tokens,
+)
 from dflash_train.features.target import ReadAnswer, Target
 from dflash_train.features.target_text import WrittenTarget
 
@@ -81,6 +89,32 @@ class TargetReader:
             yield encode_answers(rows, answers, data=self._data, num_taps=num_taps)
 
 
+class TokenReader:
+    """No target at all: rows keep their ids and masks, and training has the target read them."""
+
+    def __init__(self, target: WrittenTarget) -> None:
+        """Take the tokenizer that planning needs."""
+        self.target = target
+
+    @property
+    def token_bytes(self) -> int:
+        """Stored bytes of one token."""
+        return ID_AND_MASK_BYTES
+
+    def scratch_bytes(self, num_tokens: int) -> int:
+        """Give 0: nothing stands beside the shards."""
+        return 0
+
+    def read(self, batches: list[PlannedBatch]) -> Generator[EncodedRows]:
+        """Yield the rows of each batch as they were planned."""
+        for batch in batches:
+            rows = batch.rows()
+            yield encode_tokens(
+                [torch.tensor(row.input_ids) for row in rows],
+                [torch.tensor(row.loss_mask) for row in rows],
+            )
+
+
 def encode_answers(
     rows: list[PlannedRow], answers: list[ReadAnswer], *, data: DataConfig, num_taps: int
 ) -> EncodedRows:
@@ -103,7 +137,9 @@ def stored_dtype(data: DataConfig) -> torch.dtype:
 
 
 def stored_token_bytes(target: Target, data: DataConfig) -> int:
-    """Give the stored bytes of one token of this target."""
+    """Give the bytes of one token of this target that stages leave on the disk."""
+    if data.features is FeaturesFrom.online:
+        return ID_AND_MASK_BYTES
     return bytes_per_token(
         target.features_width,
         dtype=stored_dtype(data),

@@ -23,9 +23,15 @@ from dflash_data.collect.plan import (
     open_plan,
 )
 from dflash_data.drops import all_reasons
-from dflash_train.config import RecipeConfig
+from dflash_train.config import FeaturesFrom, RecipeConfig
 from dflash_train.features.shard import EncodedRows, write_encoded
-from dflash_train.features.store import INDEX_NAME, IndexLine, read_index, write_index
+from dflash_train.features.store import (
+    INDEX_NAME,
+    TOKENS_PREFIX,
+    IndexLine,
+    read_index,
+    write_index,
+)
 from dflash_train.records.manifest import (
     Counts,
     FileEntry,
@@ -60,9 +66,16 @@ class CollectedSplit:
 
     @functools.cached_property
     def linked_lines(self) -> list[IndexLine]:
-        """Index lines of the answers that `regenerate` left with their features."""
-        is_there = (self._source / INDEX_NAME).exists()
-        return read_index(self._source) if is_there else []
+        """Index lines of the answers that `regenerate` left with what this recipe stores of them.
+
+        Where features are stored, an answer that was left without them is read by the target.
+        """
+        if not (self._source / INDEX_NAME).exists():
+            return []
+        lines = read_index(self._source)
+        if self._data.features is FeaturesFrom.online:
+            return lines
+        return [line for line in lines if not line.shard.startswith(TOKENS_PREFIX)]
 
     @functools.cached_property
     def plan(self) -> CollectionPlan | None:

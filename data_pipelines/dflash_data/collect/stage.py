@@ -9,7 +9,8 @@ computed again. Answers that the log already holds and that are on-policy run th
 once: the first process renders them and stores a plan (`plan.py`), every process takes its share of
 the planned shards, the first one closes the books. One folder per split, each with its own manifest
 (`split.py`). What runs the target is a `FeatureReader`: this process (`forward.py`) or vLLM
-(`vllm_reader.py`).
+(`vllm_reader.py`). With `data.features=online` none does: shards hold token ids and masks alone,
+and `train` has the target read them.
 """
 
 import contextlib
@@ -24,13 +25,14 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from dflash_data.collect.forward import FeatureReader, PlannedBatch, TargetReader
+from dflash_data.collect.forward import FeatureReader, PlannedBatch, TargetReader, TokenReader
 from dflash_data.collect.plan import PlannedShard
 from dflash_data.collect.split import FOLDER, CollectedSplit
 from dflash_data.collect.vllm_reader import VllmReader, engine_versions, require_one_feeder
 from dflash_data.drops import all_reasons
 from dflash_data.regenerate.stage import splits_in
-from dflash_train.config import CollectEngine, RecipeConfig, UnavailableError
+from dflash_train.config import CollectEngine, FeaturesFrom, RecipeConfig, UnavailableError
+from dflash_train.features.store import WITHOUT_FEATURES
 from dflash_train.features.target import Target
 from dflash_train.features.target_text import WrittenTarget
 from dflash_train.records.manifest import FILE_NAME, Counts, FileEntry, Manifest
@@ -92,7 +94,7 @@ def collect(
     Args:
         config: The recipe; `conversations` and `regenerated` of the run folder are read.
         load_target: Loads the target; called only if an answer has to run through it. Where vLLM
-            runs it, its tokenizer is enough (`TargetText`).
+            or `train` runs it, its tokenizer is enough (`TargetText`).
         manifest: Prepared by the caller; the first process completes it and writes it last.
         accelerator: The processes of this launch, all of which call this; None is this one alone.
 
@@ -124,8 +126,10 @@ def open_reader(config: RecipeConfig, target: WrittenTarget) -> FeatureReader:
 
     Args:
         config: The recipe.
-        target: The loaded target; where vLLM runs it, its tokenizer is enough.
+        target: The loaded target; where vLLM or `train` runs it, its tokenizer is enough.
     """
+    if config.data.features is FeaturesFrom.online:
+        return TokenReader(target)
     if config.data.collect_engine is CollectEngine.vllm:
         return VllmReader(config, target, folder=config.run_dir / FOLDER / CAPTURE_FOLDER)
     assert isinstance(target, Target), "only vLLM can do without its weights"
@@ -210,6 +214,8 @@ def _close_books(config: RecipeConfig, splits: list[CollectedSplit], manifest: M
         "teacher_top_k": config.data.teacher_top_k,
         "engine": config.data.collect_engine.value,  # of the shards that are not linked
     }
+    if config.data.features is FeaturesFrom.online:
+        manifest.details |= WITHOUT_FEATURES
     if any(split.shards for split in splits):
         manifest.versions = manifest.versions | engine_versions(config.data)
     for split in splits:

@@ -41,13 +41,10 @@ class VllmReader:
         self.target = target
         self._data = config.data
         self._folder = folder
-        self._engine = VllmEngine(
-            python=vllm_python(config.data),
-            target=locate_target(config.target),
-            dtype=config.target.dtype.value,
+        self._engine = vllm_engine(
+            config,
             target_layer_ids=target.describe()["target_layer_ids"],
             max_row_tokens=1,  # `read` knows the longest row
-            settings=_chosen(config.data.vllm_settings),
         )
         self._hidden_size = self._engine.hidden_size()
         vllm_version(self._engine.python)
@@ -87,6 +84,29 @@ class VllmReader:
                 raise RuntimeError("vLLM gave more rows than were planned.")
 
 
+def vllm_engine(
+    config: RecipeConfig, *, target_layer_ids: list[int], max_row_tokens: int
+) -> VllmEngine:
+    """Say which vLLM reads the recipe's target; nothing is started.
+
+    Args:
+        config: The recipe.
+        target_layer_ids: Tap layers, in the order of the feature columns.
+        max_row_tokens: Longest row, in tokens.
+
+    Raises:
+        ValueError: `data.vllm_python` is not an interpreter.
+    """
+    return VllmEngine(
+        python=vllm_python(config.data),
+        target=locate_target(config.target),
+        dtype=config.target.dtype.value,
+        target_layer_ids=target_layer_ids,
+        max_row_tokens=max_row_tokens,
+        settings=_chosen(config.data.vllm_settings),
+    )
+
+
 def vllm_python(data: DataConfig) -> Path:
     """Give the interpreter that runs vLLM."""
     assert data.vllm_python is not None, "DataConfig has checked it"
@@ -113,7 +133,7 @@ def require_one_feeder(data: DataConfig, *, num_processes: int) -> None:
     require(
         data.collect_engine is not CollectEngine.vllm or num_processes == 1,
         f"data.collect_engine (=vllm) is fed by one process, and {num_processes} were launched. "
-        "Start it as `dflash-train collect`, without accelerate, or set data.collect_engine to "
+        "Start it with `dflash-train`, without accelerate, or set data.collect_engine to "
         "transformers.",
     )
 

@@ -26,10 +26,16 @@ from dflash_data.regenerate.answers import (
     finish_record,
 )
 from dflash_data.regenerate.plan import OpenShard, ShardPlan
-from dflash_train.config import RecipeConfig
+from dflash_train.config import FeaturesFrom, RecipeConfig
 from dflash_train.features.generated_row import GeneratedRow
 from dflash_train.features.sampling import RowSampler, is_plain_greedy
-from dflash_train.features.store import IndexLine, write_index
+from dflash_train.features.store import (
+    TOKENS_PREFIX,
+    FeatureRow,
+    IndexLine,
+    write_index,
+    write_token_shard,
+)
 from dflash_train.features.store import write_shard as write_feature_shard
 from dflash_train.features.target import Target
 from dflash_train.records.chat_template import UnstableBoundaryError, render_request
@@ -47,6 +53,7 @@ class GeneratedAnswers:
 
     def __post_init__(self) -> None:
         self._pseudonyms = load_pseudonyms(self.config)
+        self._keeps_features = self.config.data.features is FeaturesFrom.stored
         self._lines: dict[str, list[IndexLine]] = defaultdict(list)
 
     def answer(self, shard: OpenShard, progress: "tqdm[NoReturn]") -> Answers:
@@ -70,10 +77,13 @@ class GeneratedAnswers:
             write_index(self.folder / "features" / split, lines)
 
     def _note_rows(self, place: "_Batch", batch: Answers) -> None:
-        """Note where the rows of a batch stand: in its feature shard, in the order of its plan."""
+        """Note where the rows of a batch stand: in its shard, in the order of its plan."""
+        shard = self._shard_of(place)
+        if shard is None:  # no record has ids
+            return
         kept = [batch.records[i] for i in place.ids if i in batch.records]
         for row, record in enumerate(record for record in kept if has_exact_ids(record)):
-            line = index_line(record, self.config.data, shard=place.features_path.name, row=row)
+            line = index_line(record, self.config.data, shard=shard.name, row=row)
             self._lines[place.shard.split].append(line)
 
     def _answer_batch(self, place: "_Batch", filled: dict[str, Conversation | None]) -> None:
@@ -93,16 +103,23 @@ class GeneratedAnswers:
                 data = self.config.data
                 feature_rows.append(feature_row(outcome, row.features, data, teacher=row.teacher))
         if feature_rows:
-            write_feature_shard(
-                place.features_path,
-                feature_rows,
-                dtype=getattr(torch, self.config.data.features_dtype.value),
-                num_taps=len(self.target.target_layer_ids),
-            )
+            self._write_rows(place, feature_rows)
         if dropped:
             reasons = {record_id: reason.value for record_id, reason in dropped.items()}
             write_bytes(place.drops_path, orjson.dumps(reasons))
         write_shard(place.records_path, records)  # last: it says that the batch is done
+
+    def _write_rows(self, place: "_Batch", rows: list[FeatureRow]) -> None:
+        """Write the rows of a batch, with their features unless those are computed online."""
+        if not self._keeps_features:
+            write_token_shard(place.tokens_path, rows)
+            return
+        write_feature_shard(
+            place.features_path,
+            rows,
+            dtype=getattr(torch, self.config.data.features_dtype.value),
+            num_taps=len(self.target.target_layer_ids),
+        )
 
     def _render(
         self, filled: dict[str, Conversation | None]
@@ -150,13 +167,23 @@ class GeneratedAnswers:
         )
         return finish_record(asked, answer, target=self.target, pseudonyms=self._pseudonyms)
 
+    def _shard_of(self, place: "_Batch") -> Path | None:
+        """Give the shard with the rows of a batch that serves this recipe; None before it is there.
+
+        Where features are online, one that has them serves too.
+        """
+        paths = [place.features_path]
+        if not self._keeps_features:
+            paths.append(place.tokens_path)
+        return next((path for path in paths if path.exists()), None)
+
     def _is_done(self, place: "_Batch") -> bool:
         """Say whether an earlier run has finished a batch and nothing of it is missing."""
         if not place.records_path.exists():
             return False
         batch = place.read_back()
         needs_shard = any(has_exact_ids(record) for record in batch.records.values())
-        has_shard = place.features_path.exists() or not needs_shard
+        has_shard = self._shard_of(place) is not None or not needs_shard
         return has_shard and len(batch.records) + len(batch.dropped) == len(place.ids)
 
 
@@ -187,9 +214,20 @@ class _Batch:
     @property
     def features_path(self) -> Path:
         """Features of the answered records that have exact token ids."""
-        shard_number = self.shard.name.rsplit("-", 1)[1]
-        name = f"batch-{shard_number}-{self.number:05d}.safetensors"
-        return self.folder / "features" / self.shard.split / name
+        return self._folder_of_shards / f"batch-{self._number}.safetensors"
+
+    @property
+    def tokens_path(self) -> Path:
+        """The same records without features, where those are computed online."""
+        return self._folder_of_shards / f"{TOKENS_PREFIX}{self._number}.safetensors"
+
+    @property
+    def _folder_of_shards(self) -> Path:
+        return self.folder / "features" / self.shard.split
+
+    @property
+    def _number(self) -> str:
+        return f"{self.shard.name.rsplit('-', 1)[1]}-{self.number:05d}"
 
     def read_back(self) -> Answers:
         """Read what became of the records of a finished batch."""

@@ -120,8 +120,8 @@ def capture_features(
     max_waiting_tokens = engine.max_waiting_bytes // engine.token_bytes()
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    asked = (_Row.of(ids, engine, folder) for ids in rows)
-    waiting: deque[_Row] = deque()
+    asked = (AskedRow.of(ids, engine, folder) for ids in rows)
+    waiting: deque[AskedRow] = deque()
     with VllmProcess(engine.python, folder, engine.job(folder)) as process:
         upcoming = next(asked, None)
         while upcoming is not None or waiting:
@@ -131,20 +131,25 @@ def capture_features(
                 waiting.append(upcoming)
                 upcoming = next(asked, None)
             row = waiting.popleft()
-            states = _take(row, process) if row.fed else nothing
-            yield functional.pad(states[:, engine.columns].flatten(1), (0, 0, 0, 1))
+            states = take_states(row, process) if row.fed else nothing
+            yield row_features(states, engine)
     shutil.rmtree(folder)
 
 
 @dataclass(kw_only=True)
-class _Row:
+class AskedRow:
     """One row on its way: all tokens but the last, and the file that vLLM answers with."""
 
     fed: list[int]
     path: Path
 
     @classmethod
-    def of(cls, ids: list[int], engine: VllmEngine, folder: Path) -> "_Row":
+    def of(cls, ids: list[int], engine: VllmEngine, folder: Path) -> "AskedRow":
+        """Name the file of a row in a folder.
+
+        Raises:
+            ValueError: The row is empty, or longer than the engine takes.
+        """
         require(
             0 < len(ids) <= engine.max_row_tokens,
             f"max_row_tokens (={engine.max_row_tokens}) must be at least the longest row's "
@@ -155,15 +160,20 @@ class _Row:
         return cls(fed=ids[:-1], path=folder / f"{digest[:32]}.safetensors")
 
 
-def _has_room(waiting: "deque[_Row]", row: _Row, max_waiting_tokens: int) -> bool:
+def row_features(states: Tensor, engine: VllmEngine) -> Tensor:
+    """Lay vLLM's states `[N - 1, L, E]` out as features `[N, L*E]`; the last row is zeros."""
+    return functional.pad(states[:, engine.columns].flatten(1), (0, 0, 0, 1))
+
+
+def _has_room(waiting: "deque[AskedRow]", row: AskedRow, max_waiting_tokens: int) -> bool:
     """Whether a row may be sent now; equal rows share a file, so one waits for the other."""
     num_tokens = sum(len(sent.fed) for sent in waiting) + len(row.fed)
     is_new = all(sent.path != row.path for sent in waiting)
     return not waiting or (num_tokens <= max_waiting_tokens and is_new)
 
 
-def _take(row: _Row, process: VllmProcess) -> Tensor:
-    """Wait for a row's file, `[N, L, E]`, and remove it."""
+def take_states(row: AskedRow, process: VllmProcess) -> Tensor:
+    """Wait for a row's file, `[N, L, E]` of the tokens fed, and remove it."""
     process.wait_for(row.path)
     tensors = load_file(row.path)
     if tensors["token_ids"].tolist() != row.fed:

@@ -147,7 +147,7 @@ class VllmProcess:
         return UnavailableError(
             f"vLLM of {self._python} ended {ended} before all features were there. "
             f"{_cause(log.read_text(errors='replace').splitlines())}\nIts log is {log}. "
-            "Finished shards are kept: run `collect` again to go on."
+            "What is finished is kept: run it again to go on."
         )
 
 
