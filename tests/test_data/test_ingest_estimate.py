@@ -78,6 +78,6 @@ def test_command_prints_the_estimate(log: Path, tmp_path: Path, capsys: pytest.C
     assert main(["ingest", "--dry-run", *overrides]) == 0
     assert "records: about " in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
-    assert main(["train", "--dry-run", *overrides]) == 2
+    assert main(["evaluate", "--dry-run", *overrides]) == 2
     told = capsys.readouterr().err
-    assert "--dry-run is for ingest, regenerate, collect, not for `train`" in told
+    assert "not for `evaluate`" in told
