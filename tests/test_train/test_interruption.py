@@ -18,11 +18,15 @@ def test_a_scheduler_may_ask_twice():
 
 def test_a_second_ctrl_c_ends_at_once(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    with StopRequest() as stop:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert stop.is_made
-        with pytest.raises(KeyboardInterrupt):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background
+    try:
+        with StopRequest() as stop:
             os.kill(os.getpid(), signal.SIGINT)
+            assert stop.is_made
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_launcher_may_hand_on_ctrl_c(monkeypatch: pytest.MonkeyPatch):

@@ -640,7 +640,8 @@ def test_epochs_leave_nothing_behind(splits, target32: Target) -> None:
             ahead.load(pack)
         held.append(alive_bytes())
     largest = max(ahead.load(next(stream)).target_features.nbytes for _ in range(4))
-    assert max(held[2:]) - min(held[2:]) <= 4 * largest, held
+    # What is read ahead, computed and in use differs by up to four packs, ids and masks beside.
+    assert max(held[2:]) - min(held[2:]) <= 6 * largest, held
 
 
 @pytest.mark.slow
