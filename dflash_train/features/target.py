@@ -247,7 +247,8 @@ class Target:
             if len(kept) < len(live):
                 live = [live[slot] for slot in kept]
                 keep = torch.tensor(kept, dtype=torch.int64, device=self.device)
-                cache.reorder_cache(keep)  # recurrent layers know no other way to keep some rows
+                # Recurrent layers know no other way to keep some rows.
+                cache.reorder_cache(keep)  # pyright: ignore[reportArgumentType] any int64 tensor
                 next_ids, attention_mask, position_ids = (
                     tensor[keep] for tensor in (next_ids, attention_mask, position_ids)
                 )

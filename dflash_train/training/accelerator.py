@@ -31,7 +31,7 @@ from accelerate.utils import DistributedType, parse_flag_from_env
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from transformers.integrations import unset_hf_deepspeed_config
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from dflash_train.config import LaunchConfig, Precision, require
 from dflash_train.training.optim import MuonWithAdamW

@@ -114,7 +114,7 @@ def tiny_recipe() -> TinyRecipe:
                 target_layer_ids=[1, 3],
                 mask_token_id=MASK_TOKEN_ID,
             ),
-            training=TrainingConfig(**(settings | training)),
+            training=TrainingConfig(**(settings | training)),  # pyright: ignore[reportArgumentType]
             optim=OptimConfig(lr=lr),
             launch=LaunchConfig(num_threads=1),
         )

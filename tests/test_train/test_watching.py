@@ -115,7 +115,9 @@ def test_a_resumed_wandb_run_keeps_its_id(run: Run, monkeypatch: pytest.MonkeyPa
 
 def history(path: Path) -> list[dict[str, Any]]:
     """Read the logged values of a W&B file: records in LevelDB's log format."""
-    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.proto.wandb_internal_pb2 import (
+        Record,  # pyright: ignore[reportAttributeAccessIssue] made when it is imported
+    )
 
     found = []
     for data in log_records(path.read_bytes()):
