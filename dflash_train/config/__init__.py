@@ -33,7 +33,7 @@ from dflash_train.config.models import (
     Dtype,
     TargetConfig,
 )
-from dflash_train.config.own_keys import take_keys
+from dflash_train.config.own_keys import read_flag, take_keys
 from dflash_train.config.plan import PlanConfig, Sharding
 from dflash_train.config.recipe import (
     EvaluateConfig,
@@ -90,6 +90,7 @@ __all__ = [
     "compose",
     "known_recipes",
     "parse_moment",
+    "read_flag",
     "recipes_dir",
     "register",
     "require",

@@ -2,6 +2,8 @@
 
 from collections.abc import Collection
 
+from dflash_train.config.checks import require
+
 
 def take_keys(arguments: list[str], keys: Collection[str]) -> tuple[dict[str, str], list[str]]:
     """Take what a verb has for itself out of a command line.
@@ -22,3 +24,17 @@ def take_keys(arguments: list[str], keys: Collection[str]) -> tuple[dict[str, st
         else:
             others.append(argument)
     return found, others
+
+
+def read_flag(key: str, word: str) -> bool:
+    """Read `true` or `false`.
+
+    Args:
+        key: As a message shall name it.
+        word: Behind the key.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    require(word in ("true", "false"), f"{key} (={word}) must be true or false.")
+    return word == "true"

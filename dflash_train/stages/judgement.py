@@ -6,7 +6,7 @@ from pathlib import Path
 
 import orjson
 
-from dflash_train.config import EvaluateConfig, RecipeConfig, require, take_keys
+from dflash_train.config import EvaluateConfig, RecipeConfig, read_flag, require, take_keys
 
 GATE_VERBS = ("report", "run")
 """Verbs whose end a gate can stand at."""
@@ -100,10 +100,15 @@ def compare(arguments: list[str]) -> int:
         resamples=_whole("resamples", words.get("resamples", "10000")),
         seed=_whole("seed", words.get("seed", "0")),
     )
-    seeks_difference = _flag("first_difference", words)
+    seeks_difference = read_flag(
+        "compare: first_difference", words.get("first_difference", "false")
+    )
     if seeks_difference:
         found = find_differences(
-            places[0], places[1], kind=kind, counts_are_clipped=_flag("clipped", words)
+            places[0],
+            places[1],
+            kind=kind,
+            counts_are_clipped=read_flag("compare: clipped", words.get("clipped", "false")),
         )
         code = DIFFERENCE_FOUND if found.unequal else 0
     else:
@@ -112,17 +117,11 @@ def compare(arguments: list[str]) -> int:
             places[0], places[1], kind=kind, resamples=settings.resamples, seed=settings.seed
         )
         code = 0
-    if _flag("json", words):
+    if read_flag("compare: json", words.get("json", "false")):
         print(orjson.dumps(found.as_json(), option=orjson.OPT_INDENT_2).decode())
     else:
         print("\n".join(found.lines()))
     return code
-
-
-def _flag(key: str, words: dict[str, str]) -> bool:
-    value = words.get(key, "false")
-    require(value in ("true", "false"), f"compare: {key} (={value}) must be true or false.")
-    return value == "true"
 
 
 def _whole(key: str, text: str) -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from dflash_train.config import RecipeConfig, require, take_keys
+from dflash_train.config import RecipeConfig, read_flag, require, take_keys
 from dflash_train.drafter.checkpoint import CONFIG_NAME, WEIGHTS_NAME, read_config
 from dflash_train.drafter.metadata import (
     METADATA_NAME,
@@ -106,7 +106,7 @@ def read_request(arguments: list[str]) -> tuple[PushRequest, list[str]]:
     names = PushRequest.__dataclass_fields__
     words, others = take_keys(arguments, names)
     found = {
-        key: _flag(key, word) if isinstance(names[key].default, bool) else word
+        key: read_flag(key, word) if isinstance(names[key].default, bool) else word
         for key, word in words.items()
         if word
     }
@@ -263,8 +263,3 @@ def _data_card(run_dir: Path | None) -> list[HubFile]:
     )
     assert run_dir is not None
     return [HubFile(name=n, content=run_dir / "conversations" / n) for n in DATA_CARD]
-
-
-def _flag(key: str, value: str) -> bool:
-    require(value in ("true", "false"), f"{key} (={value}) must be true or false.")
-    return value == "true"

@@ -19,7 +19,7 @@ from typing import Any
 
 import orjson
 
-from dflash_train.config import RecipeConfig, require, take_keys
+from dflash_train.config import RecipeConfig, read_flag, require, take_keys
 from dflash_train.features.target import Target, load_target
 from dflash_train.features.target_folder import dflash_home
 from dflash_train.features.target_weights import locate_target
@@ -62,9 +62,7 @@ def read_choice(arguments: list[str]) -> tuple[ServeCheck, list[str]]:
         require(is_number, f"serve-check: {key} (={words[key]}) must be a whole number above 0.")
         words[key] = int(words[key])
     for key in words.keys() & {"demand", "as_released"}:
-        is_flag = words[key] in ("true", "false")
-        require(is_flag, f"serve-check: {key} (={words[key]}) must be true or false.")
-        words[key] = words[key] == "true"
+        words[key] = read_flag(f"serve-check: {key}", words[key])
     if "dialects" in words:
         words["dialects"] = words["dialects"].strip("[]").split(",")
     choice = ServeCheck(**words)
