@@ -164,6 +164,8 @@ class RecipeConfig:
     init: str | None = None
     """Drafter (folder or OWNER/NAME of the Hub) whose weights training starts from, in place of
     `drafter.init`; optimiser and steps are new. None starts afresh."""
+    init_revision: str | None = None
+    """Branch, tag or commit of a Hub `init`; None takes the default branch."""
     target: TargetConfig = field(default_factory=TargetConfig)
     drafter: DrafterSettings = field(default_factory=DrafterSettings)
     data: DataConfig = field(default_factory=DataConfig)

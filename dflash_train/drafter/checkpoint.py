@@ -22,10 +22,11 @@ from dflash_train.drafter.config import FULL, SLIDING, DrafterConfig
 from dflash_train.drafter.golden import golden_forward
 from dflash_train.drafter.metadata import CheckpointMetadata, write_metadata
 from dflash_train.drafter.model import Drafter
-from dflash_train.records.manifest import atomic_path
+from dflash_train.records.manifest import atomic_path, content_hash, file_hash
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
+SHARDS_NAME = "model.safetensors.index.json"
 PLAIN, DFLASH2, DSPARK = "DFlashDraftModel", "DFlash2DraftModel", "Qwen3DSparkModel"
 
 _TOP_LEVEL = (
@@ -98,18 +99,74 @@ def load_checkpoint(folder: Path, *, dtype: torch.dtype = torch.float32) -> Draf
     return build_drafter(read_config(folder), read_tensors(folder), folder).to(dtype)
 
 
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """Read every tensor of `model.safetensors`, in the number format it is stored in.
+def weight_files(folder: Path) -> list[Path]:
+    """Give the files that hold a drafter's tensors, in the order of their names.
+
+    We write one, `model.safetensors`. Others split large drafters, and list the parts in an index
+    beside them; without either the list is empty.
 
     Raises:
-        ValueError: The file is missing or damaged.
+        ValueError: The index is damaged, or names a file that is missing or elsewhere.
     """
+    if (folder / WEIGHTS_NAME).is_file():
+        return [folder / WEIGHTS_NAME]
+    index = folder / SHARDS_NAME
+    if not index.is_file():
+        return []
     try:
-        return load_file(folder / WEIGHTS_NAME)
-    except (OSError, SafetensorError) as error:
+        names = sorted(set(orjson.loads(index.read_bytes())["weight_map"].values()))
+    except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"checkpoint (={folder}): {WEIGHTS_NAME} cannot be read: {error}. Export it again."
+            f"checkpoint (={folder}): {SHARDS_NAME} has no weight_map. Copy it again."
         ) from error
+    missing = [name for name in names if Path(name).name != name or not (folder / name).is_file()]
+    require(
+        not missing,
+        f"checkpoint (={folder}): {SHARDS_NAME} names {', '.join(missing[:3])}, not there. Copy "
+        "all parts.",
+    )
+    return [folder / name for name in names]
+
+
+def weights_hash(folder: Path) -> str:
+    """Hash the bytes of a drafter's weight files; of one file it is that file's own hash.
+
+    Raises:
+        ValueError: There is none, or the index is damaged.
+    """
+    hashes = [file_hash(path) for path in weight_files(folder)]
+    require(
+        bool(hashes),
+        f"checkpoint (={folder}) holds no {WEIGHTS_NAME}. Run `train` first, or give "
+        "checkpoint=DIR.",
+    )
+    return hashes[0] if len(hashes) == 1 else content_hash(hashes)
+
+
+def drafter_hash(folder: Path) -> str:
+    """Hash what a server reads of a drafter: its config and its weights."""
+    return content_hash([file_hash(folder / CONFIG_NAME), weights_hash(folder)])
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """Read every tensor of a drafter, in the number format it is stored in.
+
+    Raises:
+        ValueError: There is no weight file, or one is damaged.
+    """
+    files = weight_files(folder)
+    require(
+        bool(files), f"checkpoint (={folder}) holds no {WEIGHTS_NAME}. Give a drafter's folder."
+    )
+    tensors: dict[str, Tensor] = {}
+    for path in files:
+        try:
+            tensors |= load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(
+                f"checkpoint (={folder}): {path.name} cannot be read: {error}. Export it again."
+            ) from error
+    return tensors
 
 
 def build_drafter(config: DrafterConfig, tensors: dict[str, Tensor], folder: Path) -> Drafter:

@@ -10,12 +10,11 @@ from statistics import mean, stdev
 
 from torch import Tensor
 
-from dflash_train.drafter.checkpoint import WEIGHTS_NAME
+from dflash_train.drafter.checkpoint import weights_hash
 from dflash_train.features.store import FeatureRow
 from dflash_train.features.target import Target
 from dflash_train.records.chat_template import render_prompt
 from dflash_train.records.conversation import Turn
-from dflash_train.records.manifest import file_hash
 from dflash_train.release.evidence import Report, UndecodableTargetError, with_taps
 from dflash_train.release.finding import Finding, Patient, broken, demand, ok, skipped, warning
 from dflash_train.training.replay import ReplayTrace, replay_rows
@@ -192,7 +191,7 @@ def check_acceptance(patient: Patient) -> Finding:
     text += f"; the report allows {low:.2f} to {high:.2f}, by position {reported}"
     if low <= found.pooled <= high:
         return ok(f"{text}.")
-    is_measured = report.weights == file_hash(patient.folder / WEIGHTS_NAME)
+    is_measured = report.weights == weights_hash(patient.folder)
     if not is_measured:
         return warning(
             f"{text}, of other weights than these.",

@@ -16,7 +16,12 @@ import orjson
 from safetensors import SafetensorError, safe_open
 
 from dflash_train.config import RecipeConfig
-from dflash_train.drafter.checkpoint import CONFIG_NAME, WEIGHTS_NAME, load_checkpoint
+from dflash_train.drafter.checkpoint import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    load_checkpoint,
+    weight_files,
+)
 from dflash_train.drafter.metadata import CheckpointMetadata, read_metadata
 from dflash_train.drafter.model import Drafter
 from dflash_train.features.target import Target
@@ -155,14 +160,17 @@ class Patient:
     @functools.cached_property
     def shapes(self) -> dict[str, list[int]]:
         """Give names and shapes of the tensors on disk."""
-        path = self.folder / WEIGHTS_NAME
         remedy = "Copy the file again, or export it again."
-        demand(path.is_file(), f"{WEIGHTS_NAME} is missing.", remedy=remedy)
-        try:
-            with safe_open(path, framework="pt") as file:
-                return {name: file.get_slice(name).get_shape() for name in file.keys()}
-        except (OSError, SafetensorError) as error:
-            raise broken(f"{WEIGHTS_NAME} cannot be read: {error}.", remedy=remedy) from error
+        files = weight_files(self.folder)
+        demand(bool(files), f"{WEIGHTS_NAME} is missing.", remedy=remedy)
+        shapes: dict[str, list[int]] = {}
+        for path in files:
+            try:
+                with safe_open(path, framework="pt") as file:
+                    shapes |= {name: file.get_slice(name).get_shape() for name in file.keys()}
+            except (OSError, SafetensorError) as error:
+                raise broken(f"{path.name} cannot be read: {error}.", remedy=remedy) from error
+        return shapes
 
     def value(self, key: str, *kinds: type) -> Any:
         """Give a value of `config.json` by its dotted key.

@@ -25,12 +25,15 @@ DRAFTER_FILES = ("*.json", "*.safetensors", "mask_embedding.pt")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
-def resolve_checkpoint(reference: str, *, revision: str | None = None) -> Path:
+def resolve_checkpoint(
+    reference: str, *, revision: str | None = None, key: str = "checkpoint"
+) -> Path:
     """Give the local folder of a drafter, downloading it if the reference is a Hub id.
 
     Args:
         reference: A folder, or OWNER/NAME of a model on the Hub.
         revision: Branch, tag or commit there; None takes the default branch. A folder has none.
+        key: The recipe's name for the reference, for messages; `{key}_revision` is the other.
 
     Raises:
         ValueError: It is neither, or the Hub does not give that revision to this user.
@@ -40,16 +43,16 @@ def resolve_checkpoint(reference: str, *, revision: str | None = None) -> Path:
     if folder.is_dir():
         require(
             revision is None,
-            f"checkpoint_revision (={revision}) goes with a Hub id, and checkpoint (={reference}) "
-            "is a folder. Leave it out.",
+            f"{key}_revision (={revision}) goes with a Hub id, and {key} (={reference}) is a "
+            "folder. Leave it out.",
         )
         return folder
     require(
         is_hub_id(reference) and not folder.parent.is_dir(),
-        f"checkpoint (={reference}) is not a folder. Give one with config.json in it, or "
+        f"{key} (={reference}) is not a folder. Give one with config.json in it, or "
         "OWNER/NAME of a drafter on the Hub.",
     )
-    return _download(reference, revision)
+    return _download(reference, revision, key)
 
 
 def is_hub_id(name: str) -> bool:
@@ -57,15 +60,15 @@ def is_hub_id(name: str) -> bool:
     return _HUB_ID.fullmatch(name) is not None and ".." not in name and "--" not in name
 
 
-def _download(repo_id: str, revision: str | None) -> Path:
-    where = f"checkpoint (={repo_id}) is no folder here, and"
+def _download(repo_id: str, revision: str | None, key: str) -> Path:
+    where = f"{key} (={repo_id}) is no folder here, and"
     try:
         return Path(
             snapshot_download(repo_id, revision=revision, allow_patterns=list(DRAFTER_FILES))
         )
     except RevisionNotFoundError as error:
         raise ValueError(
-            f"checkpoint_revision (={revision}) is no branch, tag or commit of {repo_id}. Look "
+            f"{key}_revision (={revision}) is no branch, tag or commit of {repo_id}. Look "
             "them up on the Hub, or leave it out for the default branch."
         ) from error
     except GatedRepoError as error:

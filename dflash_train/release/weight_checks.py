@@ -1,10 +1,9 @@
 """The doctor's checks of `model.safetensors`: names, shapes, numbers, and what they compute."""
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from dflash_train.drafter.checkpoint import CONFIG_NAME, WEIGHTS_NAME
+from dflash_train.drafter.checkpoint import CONFIG_NAME, WEIGHTS_NAME, read_tensors
 from dflash_train.drafter.golden import check_golden
 from dflash_train.drafter.metadata import METADATA_NAME
 from dflash_train.release.finding import Finding, Patient, demand, ok, skipped
@@ -25,7 +24,7 @@ def check_tensors(patient: Patient) -> Finding:
         remedy=f"Remove it from {WEIGHTS_NAME}.",
     )
     _ = patient.drafter  # raises with the names that are missing, unknown or misshapen
-    tensors = load_file(patient.folder / WEIGHTS_NAME)
+    tensors = read_tensors(patient.folder)
     floating = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
     dtypes = {tensor.dtype for tensor in floating.values()}
     demand(

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from dflash_train.config import CollectEngine, FeaturesFrom, require
-from dflash_train.drafter.checkpoint import CONFIG_NAME, WEIGHTS_NAME
+from dflash_train.drafter.checkpoint import drafter_hash, weights_hash
 from dflash_train.features.target_weights import locate_target
-from dflash_train.records.manifest import content_hash, file_hash
+from dflash_train.records.manifest import file_hash
 from dflash_train.stages.workshop import Workshop
 
 
@@ -85,7 +85,7 @@ def initial_weights_input(workshop: Workshop) -> dict[str, str]:
     if init is None:
         return {}
     folder = workshop.initial_folder(init)
-    return {"init": content_hash([file_hash(folder / n) for n in (CONFIG_NAME, WEIGHTS_NAME)])}
+    return {"init": drafter_hash(folder)}
 
 
 def checkpoint_input(workshop: Workshop) -> dict[str, str]:
@@ -94,13 +94,7 @@ def checkpoint_input(workshop: Workshop) -> dict[str, str]:
     Raises:
         ValueError: There are none.
     """
-    weights = workshop.checkpoint / WEIGHTS_NAME
-    require(
-        weights.is_file(),
-        f"checkpoint (={workshop.checkpoint}) holds no {WEIGHTS_NAME}. Run `train` first, or give "
-        "checkpoint=DIR.",
-    )
-    return {"checkpoint": file_hash(weights)}
+    return {"checkpoint": weights_hash(workshop.checkpoint)}
 
 
 def _hash_of(key: str, place: str) -> str:

@@ -20,6 +20,7 @@ from typing import Any
 import orjson
 
 from dflash_train.config import RecipeConfig, read_flag, require, take_keys
+from dflash_train.drafter.checkpoint import drafter_hash
 from dflash_train.features.target import Target, load_target
 from dflash_train.features.target_folder import dflash_home
 from dflash_train.features.target_weights import locate_target
@@ -180,7 +181,5 @@ def _written(
 
 def _name_of(folder: Path, config: RecipeConfig) -> str:
     """Name the work folder by what is checked, so that checks of two drafters stay apart."""
-    from dflash_inference.serve_check.check import weights_hash
-
-    identity = [weights_hash(folder), config.target.name_or_path, config.target.revision]
+    identity = [drafter_hash(folder), config.target.name_or_path, config.target.revision]
     return content_hash(identity).removeprefix("sha256:")[:16]

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from dflash_train.config import CollectEngine, DrafterInit, FeaturesFrom, RecipeConfig, require
-from dflash_train.drafter.checkpoint import WEIGHTS_NAME
+from dflash_train.drafter.checkpoint import WEIGHTS_NAME, weight_files
 from dflash_train.drafter.config import DrafterConfig
 from dflash_train.drafter.initialization import initialize_from_target
 from dflash_train.drafter.model import Drafter
@@ -111,17 +111,14 @@ class Workshop:
         Raises:
             ValueError: It is none, or training would empty it first.
         """
-        try:
-            folder = resolve_checkpoint(init)
-        except ValueError as error:
-            raise ValueError(f"init (={init}): {error}") from error
+        folder = resolve_checkpoint(init, revision=self.config.init_revision, key="init")
         require(
             not folder.resolve().is_relative_to((self.config.run_dir / "checkpoint").resolve()),
             f"init (={init}) lies where this run writes its own drafter. Give the run another "
             "name.",
         )
         require(
-            (folder / WEIGHTS_NAME).is_file(),
+            bool(weight_files(folder)),
             f"init (={init}) holds no {WEIGHTS_NAME}. Give the folder of a drafter.",
         )
         return folder

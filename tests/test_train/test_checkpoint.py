@@ -7,9 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dflash_train.drafter.checkpoint import load_checkpoint, save_checkpoint
+from dflash_train.drafter.checkpoint import load_checkpoint, save_checkpoint, weights_hash
 from dflash_train.drafter.model import Drafter
 from dflash_train.features.target import Target
+from dflash_train.release.doctor import examine
+from dflash_train.release.finding import Status
 from dflash_train.testing import VARIANTS, tiny_drafter
 
 
@@ -191,3 +193,45 @@ def test_missing_unknown_and_damaged_tensors_are_named(drafter: Drafter, tmp_pat
         load_checkpoint(tmp_path / "best")
     with pytest.raises(ValueError, match=r"holds no config\.json"):
         load_checkpoint(tmp_path / "nowhere")
+
+
+def _split_in_two(folder: Path) -> Path:
+    """Write the weights as others split large drafters: two parts and their index."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    parts = {"model-00001-of-00002.safetensors": names[::2]}
+    parts["model-00002-of-00002.safetensors"] = names[1::2]
+    for part, chosen in parts.items():
+        save_file({name: tensors[name] for name in chosen}, folder / part)
+    places = {name: part for part, chosen in parts.items() for name in chosen}
+    index = {"metadata": {}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_bytes(orjson.dumps(index))
+    return folder
+
+
+def test_weights_in_several_files_are_one_drafter(drafter: Drafter, tmp_path: Path):
+    save_checkpoint(drafter, tmp_path / "best")
+    whole = weights_hash(tmp_path / "best")
+    folder = _split_in_two(tmp_path / "best")
+    loaded = load_checkpoint(folder).state_dict()
+    for name, tensor in drafter.state_dict().items():
+        assert torch.equal(tensor, loaded[name]), name
+    assert weights_hash(folder) != whole
+    examined = {finding.check: finding for finding in examine(folder)}
+    assert examined["tensors"].status is Status.ok
+
+
+def test_a_part_that_is_missing_or_elsewhere_is_named(drafter: Drafter, tmp_path: Path):
+    save_checkpoint(drafter, tmp_path / "best")
+    folder = _split_in_two(tmp_path / "best")
+    (folder / "model-00002-of-00002.safetensors").rename(tmp_path / "outside.safetensors")
+    with pytest.raises(ValueError, match=r"names model-00002-of-00002\.safetensors, not there"):
+        load_checkpoint(folder)
+    index = folder / "model.safetensors.index.json"
+    index.write_bytes(orjson.dumps({"weight_map": {"norm.weight": "../outside.safetensors"}}))
+    with pytest.raises(ValueError, match=r"names \.\./outside"):
+        load_checkpoint(folder)
+    index.write_bytes(b"[]")
+    with pytest.raises(ValueError, match="has no weight_map"):
+        load_checkpoint(folder)

@@ -14,13 +14,14 @@ from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import RepositoryNotFoundError
 
 from dflash_train.cli import main
-from dflash_train.config import UnavailableError
+from dflash_train.config import UnavailableError, compose
 from dflash_train.drafter.checkpoint import load_checkpoint, save_checkpoint
 from dflash_train.drafter.metadata import read_metadata
 from dflash_train.records.conversation import write_shard
 from dflash_train.records.manifest import Manifest, file_hash
 from dflash_train.release.hub import Destination, HubFile, upload
 from dflash_train.release.resolve import resolve_checkpoint
+from dflash_train.stages.workshop import Workshop
 from dflash_train.testing import save_tiny_target, tiny_drafter, tiny_target
 from tests.test_train.finished_run import PLACE, answered, build_run, write_conversations
 from tests.test_train.local_hub import TOKEN, LocalHub
@@ -328,6 +329,21 @@ def test_a_folder_has_no_revision(tmp_path: Path) -> None:
     assert resolve_checkpoint(str(tmp_path)) == tmp_path
     with pytest.raises(ValueError, match="goes with a Hub id"):
         resolve_checkpoint(str(tmp_path), revision="main")
+    with pytest.raises(ValueError, match=r"^init_revision \(=main\) goes with a Hub id, and init "):
+        resolve_checkpoint(str(tmp_path), revision="main", key="init")
+
+
+def test_training_starts_from_a_revision_of_a_hub_id(
+    hub: LocalHub, push: Callable[..., int], run_dir: Path, target_folder: Path
+) -> None:
+    assert push("revision=older") == 0
+    target = f"target.name_or_path={target_folder}"
+    config = compose(["recipe=smollm2", target, f"init={REPO}", "init_revision=older"])
+    folder = Workshop(config).initial_folder(REPO)
+    weights = folder / "model.safetensors"
+    assert weights.read_bytes() == (run_dir / "checkpoint/best/model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match=r"^init_revision \(=newer\) is no branch"):
+        Workshop(dataclasses.replace(config, init_revision="newer")).initial_folder(REPO)
 
 
 def test_pickled_weights_are_never_downloaded(hub: LocalHub) -> None:

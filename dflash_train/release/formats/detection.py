@@ -8,7 +8,7 @@ from typing import Any
 import orjson
 
 from dflash_train.config import require
-from dflash_train.drafter.checkpoint import CONFIG_NAME, WEIGHTS_NAME
+from dflash_train.drafter.checkpoint import CONFIG_NAME, WEIGHTS_NAME, weight_files
 from dflash_train.drafter.metadata import CheckpointMetadata
 from dflash_train.drafter.model import Drafter
 
@@ -111,7 +111,7 @@ def refuse_pickles(folder: Path) -> None:
     )
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
     require(
-        (folder / WEIGHTS_NAME).is_file() or not pickles,
+        bool(weight_files(folder)) or not pickles,
         f"checkpoint (={folder}) has {', '.join(pickles)} but no {WEIGHTS_NAME}, and pickles are "
         "not read. Load it where you trust it and save it with `safe_serialization`.",
     )

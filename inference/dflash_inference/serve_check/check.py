@@ -20,10 +20,9 @@ from dflash_inference.serve_check.running_server import RunningServer
 from dflash_inference.serve_check.verdict import SideVerdict
 from dflash_inference.serve_check.vllm_engine import Job, answer_with_vllm
 from dflash_inference.trace import DecodeTrace
-from dflash_train.drafter.checkpoint import CONFIG_NAME, WEIGHTS_NAME
+from dflash_train.drafter.checkpoint import drafter_hash
 from dflash_train.drafter.config import DrafterConfig
 from dflash_train.features.target_weights import TargetLocation
-from dflash_train.records.manifest import content_hash, file_hash
 
 
 @dataclass(kw_only=True)
@@ -135,7 +134,7 @@ def _ask(
         prompts=own.prompts,
         max_new_tokens=own.max_new_tokens,
         stop_token_ids=sorted(own.decoder.target.stop_token_ids),
-        weights_hash="" if folder is None else weights_hash(folder),
+        weights_hash="" if folder is None else drafter_hash(folder),
     )
     return answer_with_vllm(settings.python, job, settings.work_dir / f"vllm-{name}")
 
@@ -144,8 +143,3 @@ def needs_second_runner(shape: DrafterConfig) -> bool:
     """Say whether vLLM 0.32 serves a drafter in its V2 model runner only."""
     mixes_layers = len(set(shape.layer_types or [])) > 1
     return shape.is_dflash2 or shape.is_shifted or mixes_layers
-
-
-def weights_hash(folder: Path) -> str:
-    """Give a hash of what a server reads of a drafter's folder."""
-    return content_hash([file_hash(folder / name) for name in (CONFIG_NAME, WEIGHTS_NAME)])
