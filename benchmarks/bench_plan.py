@@ -1,8 +1,10 @@
 """Does a plan come true? Memory and time of real training steps beside what `--dry-run` says.
 
 Each size trains on random rows in a process of its own, through the real `Trainer`. Then the same
-process times this machine's products and passes, as a plan does, and makes the plan. Run by `make
-bench-plan` on an idle machine (Linux); the last line is JSON.
+process times this machine's products and passes, as a plan does, and makes the plan. Memory is what
+torch holds, which the plan's formulas count; what the process holds (`resident`) stands beside it:
+oneDNN keeps products that it has compiled, one for every new shape, and the C library keeps what
+was freed. Run by `make bench-plan` on an idle machine (Linux); the last line is JSON.
 """
 
 import argparse
@@ -23,6 +25,7 @@ from typing import Any
 import torch
 
 from benchmarks.bench_measure import describe_machine
+from benchmarks.live_bytes import live_growth, storages
 from dflash_train.config import (
     DrafterSettings,
     LaunchConfig,
@@ -50,7 +53,7 @@ from dflash_train.training.plan import (
 )
 from dflash_train.training.trainer import Trainer
 
-WARM_UP_STEPS, TIMED_STEPS = 2, 5
+WARM_UP_STEPS, TIMED_STEPS, COUNTED_STEPS = 2, 5, 3
 NUM_ROWS = 24
 MIB = 2**20
 
@@ -148,7 +151,9 @@ class Found:
     size: str
     planned_mib: float
     measured_mib: float
-    """Peak during steps, above what the process held before drafter and head were there."""
+    """Peak of torch's bytes during steps, above those before drafter and head were there."""
+    resident_mib: float
+    """The same of the process."""
     planned_s: float
     measured_s: float
     """Median of the timed steps."""
@@ -157,6 +162,7 @@ class Found:
         """Give planned over measured."""
         return {
             "memory": round(self.planned_mib / self.measured_mib, 3),
+            "resident": round(self.planned_mib / self.resident_mib, 3),
             "time": round(self.planned_s / self.measured_s, 3),
         }
 
@@ -169,9 +175,11 @@ def measure(name: str, *, verbose: bool) -> Found:
         _run_steps(_trainer(WARM_UP, tiny))  # pays for what the libraries set up once
         config, shape = size.recipe(Path(folder)), size.drafter_config()
         train = _write_split(config.run_dir / "features" / "train", size, NUM_ROWS)
-        before = _settle(train)
+        before, other = _settle(train), storages()
         trainer = _trainer(size, train)
         seconds, peak = _run_steps(trainer)
+        held = sum(size for address, size in storages().items() if address not in other)
+        growth = live_growth(lambda: _take_steps(trainer, COUNTED_STEPS))
         labels = None if trainer.is_label is None else int(trainer.is_label.sum())
         loads = loads_of_features(train.lines, config, shape)
         plan = _plan(config, shape, loads=loads, labels=labels)
@@ -181,7 +189,8 @@ def measure(name: str, *, verbose: bool) -> Found:
     return Found(
         size=name,
         planned_mib=plan.memory.peak / MIB,
-        measured_mib=(peak - before) / MIB,
+        measured_mib=(held + growth) / MIB,
+        resident_mib=(peak - before) / MIB,
         planned_s=plan.step_seconds,
         measured_s=seconds,
     )
@@ -219,23 +228,26 @@ def _plan(config: RecipeConfig, shape: DrafterConfig, *, loads: Loads, labels: i
 
 def _run_steps(trainer: Trainer) -> tuple[float, int]:
     """Give the median seconds of a step, and the peak of resident bytes during the timed ones."""
-    stream = trainer.source.stream(epoch=0, position=0)
+    _take_steps(trainer, WARM_UP_STEPS)
+    trainer.timers.new_window()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    seconds = statistics.median(_take_steps(trainer, TIMED_STEPS))
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return seconds, int(found[1]) * 1024
 
-    def step() -> float:
+
+def _take_steps(trainer: Trainer, number: int) -> list[float]:
+    """Take the next steps of an epoch and give the seconds of each."""
+    stream = trainer.source.stream(epoch=0, position=trainer.state.step)
+    seconds = []
+    for _ in range(number):
         started = time.perf_counter()
         with trainer.timers.step():
             trainer.train_step(trainer.next_window(stream))
         trainer.state.step += 1
-        return time.perf_counter() - started
-
-    for _ in range(WARM_UP_STEPS):
-        step()
-    trainer.timers.new_window()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-    seconds = statistics.median(step() for _ in range(TIMED_STEPS))
-    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return seconds, int(found[1]) * 1024
+        seconds.append(time.perf_counter() - started)
+    return seconds
 
 
 def _write_split(folder: Path, size: Size, num_rows: int) -> FeatureStore:

@@ -1,12 +1,16 @@
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.bench_measure import kept_mib
+from benchmarks.live_bytes import live_growth
 from dflash_train.cli import main
 from dflash_train.config import (
     DataConfig,
@@ -18,16 +22,21 @@ from dflash_train.config import (
     Precision,
     RecipeConfig,
     Sharding,
+    TargetConfig,
+    TrainingConfig,
     compose,
 )
-from dflash_train.drafter.config import DrafterConfig
+from dflash_train.drafter.config import DrafterConfig, spread_target_layer_ids
 from dflash_train.drafter.model import Drafter, block_embeddings
+from dflash_train.features.frozen_head import FrozenHead
 from dflash_train.features.store import FeatureRow, IndexLine
 from dflash_train.features.target import Target
 from dflash_train.features.target_shape import planned_target_config
 from dflash_train.testing import VARIANTS, tiny_drafter
 from dflash_train.training.batching import BlockSettings, TrainingBatch, collate
+from dflash_train.training.drafter_loss import DrafterLoss
 from dflash_train.training.losses import LossSettings, block_loss, fixed_weights
+from dflash_train.training.optim import build_optimizer
 from dflash_train.training.plan import (
     Device,
     Load,
@@ -41,13 +50,16 @@ from dflash_train.training.plan import (
     loads_of_recipe,
     make_plan,
     measure_machine,
+    plan_memory,
 )
 from dflash_train.training.plan.devices import peak_flops_of
 from dflash_train.training.plan.memory import kept_by_fusion, kept_by_layer, kept_by_loss
-from dflash_train.training.plan.work import micro_batch_parts
+from dflash_train.training.plan.work import ATTENTION, HEAD, SELECTOR_CHUNK, micro_batch_parts
+from dflash_train.training.variant_losses import _CHUNK
 
 CPU = Setting(is_cpu=True, is_autocast=False, head_bytes=4, stored_bytes=4)
 ANCHORS = 24
+OPTIM = OptimConfig()
 SLOW = Device(
     name="slow", matrix_flops=1e9, batched_flops=5e8, bandwidth=1e9, memory_bytes=1e9, link=1e8
 )
@@ -188,6 +200,129 @@ def test_products_are_those_that_torch_counts(
     assert planned == pytest.approx(counter.get_total_flops(), rel=0.08)
 
 
+WIDE_VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "capped": {"final_logit_softcapping": 30.0},
+    "dflash2": {
+        "conv_kernel_size": 2, "conv_group_size": 16, "selector_rank": 32, "selector_top_k": 8,
+    },
+    "dspark": {"markov_rank": 32, "has_confidence_head": True},
+}  # fmt: skip
+
+
+def wide_drafter(variant: str) -> DrafterConfig:
+    """Give a shape so wide that masks and indices do not show."""
+    return DrafterConfig(
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        vocab_size=2000,
+        max_position_embeddings=8192,
+        block_size=8,
+        mask_token_id=1999,
+        target_layer_ids=spread_target_layer_ids(30, 5),
+        num_target_layers=30,
+        **WIDE_VARIANTS[variant],
+    )
+
+
+def wide_rows(shape: DrafterConfig, *, number: int) -> list[FeatureRow]:
+    return [
+        FeatureRow(
+            id=str(place),
+            tenant=None,
+            session=None,
+            input_ids=torch.randint(1990, (100,)),
+            loss_mask=torch.arange(100) >= 25,
+            features=torch.randn(100, shape.num_taps * shape.hidden_size).bfloat16(),
+            max_length=100,
+            finish_reason="length",
+        )
+        for place in range(number)
+    ]
+
+
+def step_growth(
+    shape: DrafterConfig, batch: TrainingBatch, launch: LaunchConfig, *, is_autocast: bool
+) -> int:
+    """Count what a second optimiser step holds at its peak, the batch apart."""
+    drafter = Drafter(shape)
+    table = torch.randn(shape.vocab_size, shape.hidden_size)
+    head = FrozenHead(embedding_weight=table, lm_head_weight=table)
+    settings = LossSettings(
+        loss=LossConfig(), slot_weights=fixed_weights(LossConfig(), shape), chunk=1024
+    )
+    model, optimizer = DrafterLoss(drafter, head, launch=launch), build_optimizer(drafter, OPTIM)
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16) if is_autocast else nullcontext():
+            loss_sum, _ = model(batch, drafter.output_head(head), settings)
+        loss_sum.backward()
+        nn.utils.clip_grad_norm_(drafter.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    return live_growth(step)
+
+
+@pytest.mark.parametrize("is_autocast", [False, True])
+@pytest.mark.parametrize(
+    ("variant", "number", "recomputes"),
+    [
+        ("plain", 4, False), ("plain", 1, False), ("plain", 9, False), ("plain", 4, True),
+        ("capped", 4, False), ("dflash2", 4, False), ("dspark", 4, False),
+    ],
+)  # fmt: skip
+def test_a_step_grows_by_what_is_planned(
+    variant: str, number: int, recomputes: bool, is_autocast: bool
+):
+    shape, launch = wide_drafter(variant), LaunchConfig(activation_checkpointing=recomputes)
+    batch = as_batch(wide_rows(shape, number=number), shape)
+    found = step_growth(shape, batch, launch, is_autocast=is_autocast)
+    config = RecipeConfig(
+        name="wide",
+        target=TargetConfig(name_or_path="random"),
+        training=TrainingConfig(max_steps=10),
+        launch=launch,
+    )
+    planned = plan_memory(
+        config,
+        shape,
+        load=load_of(batch),
+        parameters=count_parameters(shape, OPTIM),
+        setting=replace(
+            CPU, is_cpu=not is_autocast, is_autocast=is_autocast, recomputes_layers=recomputes
+        ),
+        head_rows=shape.vocab_size,
+        is_tied=True,
+        target_parameters=0,
+    )
+    growth = planned.growth - planned.features
+    if is_autocast:  # the bf16 copies are made within the step
+        growth += planned.weights
+    assert growth == pytest.approx(found, rel=0.08)
+
+
+def test_a_part_timed_as_a_whole_is_not_counted_by_its_pieces():
+    config = compose(["recipe=qwen3"])
+    slow, rates = plan_of(config), {ATTENTION: 1e8, HEAD: 1e8}
+    whole = plan_of(config, device=replace(SLOW, whole_rates=rates))
+    for one, other in zip(slow.parts, whole.parts, strict=True):
+        seconds = other.seconds(whole.device, link=1.0)
+        if one.name in rates:
+            assert seconds == pytest.approx(one.flops / 1e8 + one.moved / SLOW.bandwidth)
+        else:
+            assert seconds == one.seconds(SLOW, link=1.0)
+
+
+def test_the_plan_knows_the_chunk_of_the_selector():
+    assert SELECTOR_CHUNK == _CHUNK
+
+
 def test_loads_of_features_are_those_of_the_batches(
     tmp_path: Path, target32: Target, rows: list[FeatureRow], tiny_recipe
 ):
@@ -246,7 +381,7 @@ def test_recomputed_layers_take_less_memory_and_more_time():
 
 
 def test_time_follows_the_rates_of_the_hardware():
-    config = compose(["recipe=qwen3"])
+    config = compose(["recipe=qwen3", "plan.num_gpus=1"])  # so nothing is sent
     slow = plan_of(config)
     fast = plan_of(
         config,
@@ -272,6 +407,7 @@ def test_this_machine_is_measured(target32: Target):
     load = Load(rows=1, tokens=64, context=40, blocks=8, labels=20, pairs=160)
     device = measure_machine(drafter, load, LaunchConfig(num_threads=1))
     assert min(device.matrix_flops, device.batched_flops, device.bandwidth) > 0
+    assert min(device.whole_rates[name] for name in (ATTENTION, HEAD)) > 0
 
 
 def test_online_features_add_the_targets_pass():

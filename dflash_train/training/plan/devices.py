@@ -3,7 +3,8 @@
 Rates are dense: data sheets of NVIDIA print twice as much "with sparsity".
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 
@@ -36,6 +37,8 @@ class Device:
     """Bytes per second that one device sends to others of its node."""
     peak_flops: float | None = None
     """The data sheet's rate of matrix products, which MFU is a share of; None if unknown."""
+    whole_rates: Mapping[str, float] = field(default_factory=dict)
+    """Operations per second of parts that were timed as a whole, their passes included."""
 
 
 @dataclass(frozen=True, kw_only=True)

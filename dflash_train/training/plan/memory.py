@@ -76,7 +76,7 @@ class Memory:
     head: float
     """The target's embedding and LM head, and the sample of it that a step trains on."""
     target: float
-    """The rest of the target, which the process has loaded."""
+    """The rest of the target, which the process holds where features are online."""
     features: float
     """Micro-batches of one optimiser step, as loaded."""
     activations: float
@@ -249,20 +249,30 @@ def _working_of_head(
         number += FLOAT + setting.head_bytes
     if drafter.final_logit_softcapping:
         number += 2 * FLOAT
-    rows = load.labels * drafter.hidden_size * FLOAT  # hidden states of labelled slots
-    return tile * number + rows + load.blocks * drafter.block_size * drafter.hidden_size * FLOAT
+    slots = load.blocks * drafter.block_size
+    # Hidden states of all slots and of those with a label; where the gradient of a chunk's is put
+    # together, the sum over the head's rows, the labels' rows and a product of either.
+    rows = slots + load.labels + 3 * min(chunk, load.labels)
+    return tile * number + rows * drafter.hidden_size * FLOAT
 
 
 def _working_of_layer(drafter: DrafterConfig, load: Load, setting: Setting) -> float:
-    """Give the bytes of a layer's largest backward function, the MLP's or attention's."""
+    """Give the bytes of a layer's largest backward function, the MLP's or attention's.
+
+    The MLP comes first: what it kept is gone when attention begins.
+    """
     shape, slots = drafter, load.blocks * drafter.block_size
     queries = shape.num_attention_heads * shape.head_dim
     keys = shape.num_key_value_heads * shape.head_dim
     stream = 2 * shape.hidden_size * FLOAT
     mlp = slots * (3 * shape.intermediate_size * setting.narrow + stream)
     limit = SCORES_AT_ONCE["cpu"] if setting.is_cpu else SCORES_AT_ONCE_ELSEWHERE
-    scores = min(limit, slots * shape.num_attention_heads * load.context)
+    # A group's blocks are of one document; the mean one stands for the longest.
+    scores = min(limit, slots * shape.num_attention_heads * load.context / load.rows)
     own_scores = 3 * shape.num_attention_heads * shape.block_size * FLOAT
     attention = slots * ((3 * queries + 2 * keys) * setting.narrow + own_scores + stream)
-    attention += 2 * load.context * keys * setting.narrow + 4 * scores * FLOAT
-    return max(mlp, attention)
+    # Weights and their gradient, whose products come out narrow first.
+    at_once = 2 * FLOAT + (setting.narrow if setting.is_autocast else 0)
+    attention += 2 * load.context * keys * setting.narrow + at_once * scores
+    kept_by_mlp = slots * (2 * shape.intermediate_size * setting.narrow + shape.hidden_size * FLOAT)
+    return max(mlp, attention - kept_by_mlp)

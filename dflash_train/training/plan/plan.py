@@ -148,7 +148,8 @@ class Plan:
         fits = "fits" if memory.peak < self.device.memory_bytes else "DOES NOT FIT"
         yield (
             f"memory: {_gib(memory.peak)} at its peak on each, of "
-            f"{_gib(self.device.memory_bytes)}: {fits} (what libraries set up is not in it)"
+            f"{_gib(self.device.memory_bytes)}: {fits}; torch's own bytes, so not "
+            "what libraries set up (a CPU: compiled products) nor what the allocator keeps free"
         )
         for field in fields(Memory):
             if field.name != "growth" and getattr(memory, field.name):
@@ -161,8 +162,8 @@ class Plan:
         for part in self.parts:
             seconds = part.seconds(self.device, link=self.link)
             yield (
-                f"  {part.name:<14}{part.flops / 1e12:>12,.3f} TFLOP {part.moved / 1e9:>10,.2f} GB"
-                f" {seconds:>10.4f} s {seconds / total:>5.0%}"
+                f"  {part.name:<14}{part.flops / 1e12:>12,.3f} TFLOP"
+                f" {part.all_moved / 1e9:>10,.2f} GB {seconds:>10.4f} s {seconds / total:>5.0%}"
             )
         peak = self.device.peak_flops
         share = "" if peak is None else f", MFU {self.model_flops / total / peak:.0%}"
@@ -195,7 +196,8 @@ def make_plan(
         accumulation_steps=training.accumulation_steps,
         keeps_average=training.ema_decay is not None,
     )  # fmt: skip
-    if config.data.features is FeaturesFrom.online:
+    is_online = config.data.features is FeaturesFrom.online
+    if is_online:
         one = target_part(
             target.num_active_parameters,
             load=loads.mean,
@@ -211,7 +213,7 @@ def make_plan(
         memory=plan_memory(
             config, drafter, load=loads.largest, parameters=parameters, setting=setting,
             head_rows=head_rows, is_tied=target.is_tied,
-            target_parameters=target.num_layers_parameters,
+            target_parameters=target.num_layers_parameters if is_online else 0,
         ),
         parts=parts,
         device=device,

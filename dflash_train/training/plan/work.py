@@ -7,6 +7,7 @@ Legend: Q = A*K slots, S labelled slots, T context rows, E hidden size, F MLP wi
 heads, D head dim, K block size, L taps, N layers, V vocabulary.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -37,9 +38,16 @@ CANDIDATE_LOGIT = 12
 """`topk` over a tile beside that (DFlash 2)."""
 SHIFT = 11 + 16
 """One offset of a convolution: the shifted rows, two products, two sums; back alike."""
+TABLE_SUM = 3
+"""The gradient of a whole table, added to another one."""
+SELECTOR_CHUNK = 256
+"""Slots whose candidates are scored at once, `variant_losses`; each chunk gives a gradient of both
+codebooks that is as large as they are."""
 UPDATE = 10
 """Norm and clipping of gradients, fused AdamW: numbers per parameter."""
 AVERAGE = 3
+ATTENTION, HEAD = "attention", "head"
+"""Parts that this machine times as a whole (`Device.whole_rates`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +63,8 @@ class Part:
     """Of both, those that the backward pass computes a second time; no part of MFU."""
     moved: float = 0.0
     """Bytes that passes over tensors read and write."""
+    moved_inside: float = 0.0
+    """The same between the part's own products, on tiles of them."""
     sent: float = 0.0
     """Bytes that the process sends to others."""
 
@@ -63,9 +73,20 @@ class Part:
         """All operations of products."""
         return self.products + self.small_products
 
+    @property
+    def all_moved(self) -> float:
+        """All bytes of passes."""
+        return self.moved + self.moved_inside
+
     def seconds(self, device: Device, *, link: float) -> float:
         """Give the time, one thing after another."""
-        computing = self.products / device.matrix_flops + self.small_products / device.batched_flops
+        whole = device.whole_rates.get(self.name)
+        if whole is not None:
+            computing = self.flops / whole
+        else:
+            computing = self.products / device.matrix_flops
+            computing += self.small_products / device.batched_flops
+            computing += self.moved_inside / device.bandwidth
         return computing + self.moved / device.bandwidth + self.sent / link
 
     def repeated_times(self, times: int) -> "Part":
@@ -76,6 +97,7 @@ class Part:
             small_products=times * self.small_products,
             repeated=times * self.repeated,
             moved=times * self.moved,
+            moved_inside=times * self.moved_inside,
             sent=times * self.sent,
         )
 
@@ -131,6 +153,7 @@ def _recomputed(part: Part) -> Part:
         small_products=part.small_products * 9 / 7,
         repeated=part.repeated + again,
         moved=part.moved * 4 / 3,
+        moved_inside=part.moved_inside * 4 / 3,
     )
 
 
@@ -146,7 +169,7 @@ def _context(shape: DrafterConfig, load: Load, setting: Setting) -> Part:
     keys = shape.num_key_value_heads * shape.head_dim
     fusion = 2 * 2 * rows * shape.num_taps * width * width
     projection = 3 * 2 * rows * width * 2 * keys * layers
-    passes = NORM * width + layers * (keys * (NORM + ROTATION + 2 * LAYOUT) + 2 * 3 * width)
+    passes = NORM * width + layers * (keys * (NORM + ROTATION) + 2 * 3 * width)
     return Part(name="context", products=fusion + projection, moved=rows * passes * setting.narrow)
 
 
@@ -157,7 +180,7 @@ def _projections(shape: DrafterConfig, slots: float, setting: Setting) -> Part:
     keys = shape.num_key_value_heads * shape.head_dim
     products = 3 * 2 * slots * width * (2 * queries + 2 * keys) * layers
     wide = (NORM + RESIDUAL + 2 * 3) * width * FLOAT
-    narrow = queries * (NORM + ROTATION + 3 * LAYOUT + 2) + keys * (NORM + ROTATION + 2 * LAYOUT)
+    narrow = queries * (NORM + ROTATION + 2) + keys * (NORM + ROTATION)
     moved = slots * layers * (wide + narrow * setting.narrow)
     return Part(name="projections", products=products, moved=moved)
 
@@ -172,8 +195,11 @@ def _attention(shape: DrafterConfig, load: Load, setting: Setting) -> Part:
         pairs = (1 - sliding) * pairs + sliding * min(pairs, windowed)
     own = load.blocks * slots * slots
     one = 2 * (pairs + own) * heads * shape.head_dim * layers
-    moved = FLOAT * heads * layers * (CONTEXT_SCORE * pairs + OWN_SCORE * own)
-    return Part(name="attention", small_products=7 * one, repeated=one, moved=moved)
+    passes = FLOAT * heads * layers * (CONTEXT_SCORE * pairs + OWN_SCORE * own)
+    queries = 3 * load.blocks * slots * heads  # rows that are laid out anew, and of keys
+    keys = 2 * (load.blocks * slots + load.context) * shape.num_key_value_heads
+    passes += layers * (queries + keys) * shape.head_dim * LAYOUT * setting.narrow
+    return Part(name=ATTENTION, small_products=7 * one, repeated=one, moved_inside=passes)
 
 
 def _mlp(shape: DrafterConfig, slots: float, setting: Setting) -> Part:
@@ -186,20 +212,24 @@ def _mlp(shape: DrafterConfig, slots: float, setting: Setting) -> Part:
 
 def _head(shape: DrafterConfig, load: Load, setting: Setting, *, head_rows: float) -> Part:
     """Form logits and their gradient tile by tile; a bias (DSpark) sweeps a second time."""
-    width, rank = shape.hidden_size, shape.markov_rank or 0
+    width, bias_rank = shape.hidden_size, shape.markov_rank or 0
     logits = load.labels * head_rows
-    sweeps = 2 * width if rank == 0 else 3 * width + 4 * rank
-    per_logit = LOGIT + (CANDIDATE_LOGIT if shape.is_dflash2 else 0) + (5 if rank else 0)
+    sweeps = 2 * width if bias_rank == 0 else 3 * width + 4 * bias_rank
+    per_logit = LOGIT + (CANDIDATE_LOGIT if shape.is_dflash2 else 0) + (5 if bias_rank else 0)
     gather = 4 * load.labels * width * FLOAT
     norm = load.blocks * shape.block_size * (NORM + 6) * width * FLOAT
     choice = 0.0
     if shape.selector_top_k is not None:  # candidates' rows are read twice, forward and again
-        choice = 4 * load.labels * shape.selector_top_k * (width + (shape.selector_rank or 0))
+        rank = shape.selector_rank or 0
+        choice = 4 * load.labels * shape.selector_top_k * (width + rank)
+        chunks = math.ceil(load.labels / SELECTOR_CHUNK)
+        choice += 2 * shape.vocab_size * rank * (chunks + TABLE_SUM * (chunks - 1))
     return Part(
-        name="head",
+        name=HEAD,
         products=2 * logits * sweeps,
-        repeated=2 * logits * width if rank else 0.0,
-        moved=logits * per_logit * FLOAT + gather + norm + choice * FLOAT,
+        repeated=2 * logits * width if bias_rank else 0.0,
+        moved=gather + norm + choice * FLOAT,
+        moved_inside=logits * per_logit * FLOAT,
     )
 
 
