@@ -1,5 +1,6 @@
 """Every file in recipes/ is one that a user can run."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import yaml
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from transformers import AutoModelForCausalLM
 
+from dflash_train.cli import main
 from dflash_train.config import RecipeConfig, compose, known_recipes, recipes_dir
 from dflash_train.drafter.config import DrafterConfig
 from dflash_train.features.target_shape import written_target_config
@@ -21,6 +23,9 @@ GROUPS = [
     for path in sorted(RECIPES.glob("*/*.yaml"))
     if path.parent.name not in ("recipe", "launch")
 ]
+ON_A_CPU = ("gsm8k", "smollm2")
+OVERRIDE = re.compile(r"\b[a-z_]+(?:\.[a-z_]+)+=\S+")
+"""What a comment tells its reader to put behind the command."""
 LAUNCH_FILES = sorted((RECIPES / "launch").glob("*.yaml"))
 # Parameters of the text part in millions, by the indexes of the files, or rounded by model cards.
 PUBLISHED = {
@@ -69,6 +74,33 @@ def test_every_recipe_starts_with_its_command(name: str) -> None:
     assert package == "# @package _global_"  # hydra reads it at the very top only
     assert command.startswith(f"# dflash-train run recipe={name}")
     assert reason.startswith("# ")
+
+
+@pytest.mark.parametrize("name", known_recipes(RECIPES))
+def test_the_command_of_a_recipe_composes_with_the_overrides_that_it_offers(name: str) -> None:
+    lines = (RECIPES / "recipe" / f"{name}.yaml").read_text().splitlines()
+    comment = " ".join(line.removeprefix("# ") for line in lines[1 : lines.index("defaults:")])
+    command, *words = lines[1].removeprefix("# dflash-train run ").split()
+    assert command == f"recipe={name}"
+    assert {word.partition("=")[0] for word in words} <= {"data.logs"}
+    offered = [match.rstrip(".,;)") for match in OVERRIDE.findall(comment)]
+    assert compose([command, *offered], str(RECIPES)).name == name
+
+
+@pytest.mark.parametrize("name", known_recipes(RECIPES))
+def test_a_recipe_is_planned_for_the_machine_that_its_comment_names(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = (RECIPES / "recipe" / f"{name}.yaml").read_text().splitlines()
+    comment = " ".join(line.removeprefix("# ") for line in lines[1 : lines.index("defaults:")])
+    assert main(["train", f"recipe={name}", f"runs_dir={tmp_path}", "--dry-run"]) == 0
+    plan = capsys.readouterr().out.splitlines()
+    if name in ON_A_CPU:
+        assert plan[0].startswith(f"plan of {name} for 1 x this machine")
+    else:
+        assert "8 H100" in comment
+        assert plan[0] == f"plan of {name} for 8 x h100"
+        assert any(line.startswith("memory: ") and " fits " in line for line in plan)
 
 
 @pytest.mark.parametrize(("group", "name"), GROUPS)

@@ -113,7 +113,8 @@ def examine(
         patient.recipe, patient.decode = recipe, decode
         if run_dir is not None and target is not None:
             try:
-                patient.answers = StoredAnswers.of_run(run_dir, target)
+                data = None if recipe is None else recipe.data
+                patient.answers = StoredAnswers.of_run(run_dir, target, data=data)
             except ValueError as error:
                 patient.remarks[Evidence.answers] = str(error)
         for check in checks:

@@ -1,18 +1,23 @@
 """What the doctor may look at beside a checkpoint: answers that a run stored, and a decoder.
 
-Answers are held-out ones of the split `test`, with the target's features. Their text is the
-target's own, so the acceptance length of any drafter follows from them without decoding.
+Answers are held-out ones of the split `test`, with the target's features; where a run keeps none
+(`data.features=online`), the target reads them again. Their text is the target's own, so the
+acceptance length of any drafter follows from them without decoding.
 """
 
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import orjson
+import torch
 
-from dflash_train.config import require
+from dflash_train.config import DataConfig, require
 from dflash_train.drafter.model import Drafter
-from dflash_train.features.store import FeatureRow, FeatureStore
+from dflash_train.features.online_rows import OnlineRows, Reading
+from dflash_train.features.row_source import RowSource
+from dflash_train.features.store import WITHOUT_FEATURES, FeatureRow, FeatureStore
 from dflash_train.features.target import Target
 from dflash_train.records.manifest import Manifest
 
@@ -100,13 +105,20 @@ class StoredAnswers:
     """Held-out answers of a run, and what its report says of them."""
 
     run_dir: Path
-    store: FeatureStore
+    store: RowSource
     target_layer_ids: list[int]
     """Layers whose outputs are stored."""
 
     @classmethod
-    def of_run(cls, run_dir: Path, target: Target) -> "StoredAnswers":
+    def of_run(
+        cls, run_dir: Path, target: Target, *, data: DataConfig | None = None
+    ) -> "StoredAnswers":
         """Open the answers that a target gave in a run.
+
+        Args:
+            run_dir: Folder of the run.
+            target: Reads the answers of a run that keeps no features.
+            data: The run's settings, which say how features are rounded; None rounds none.
 
         Raises:
             ValueError: There are none, or they are another target's.
@@ -118,11 +130,14 @@ class StoredAnswers:
         stored, given = manifest.target or {}, target.describe()
         other = [key for key in given if key != _NOT_THE_TARGET and stored.get(key) != given[key]]
         require(not other, f"{folder} was made with another target: {', '.join(other)} differ")
-        store = FeatureStore.open(folder / SPLIT, verify=False)
+        layers = stored[_NOT_THE_TARGET]
+        is_online = WITHOUT_FEATURES.items() <= manifest.details.items()
+        store = FeatureStore.open(folder / SPLIT, verify=False, needs_features=not is_online)
         require(len(store) > 0, f"{folder / SPLIT} holds no answer")
-        return cls(run_dir=run_dir, store=store, target_layer_ids=stored[_NOT_THE_TARGET])
+        rows = _read_again(store, with_taps(target, layers), data) if is_online else store
+        return cls(run_dir=run_dir, store=rows, target_layer_ids=layers)
 
-    @property
+    @functools.cached_property
     def rows(self) -> list[FeatureRow]:
         """Give a fixed choice of answers, each up to its first redaction."""
         number = min(NUM_ROWS, len(self.store))
@@ -146,3 +161,11 @@ class StoredAnswers:
             ValueError: It is no report of this version.
         """
         return Report.read(self.run_dir / REPORT_PATH)
+
+
+def _read_again(tokens: FeatureStore, target: Target, data: DataConfig | None) -> OnlineRows:
+    """Give rows whose features the target computes when they are asked for."""
+    num_taps = len(target.target_layer_ids)
+    whole = Reading(dtype=torch.float32, num_taps=num_taps, teacher_top_k=0, batch_size=1)
+    reading = whole if data is None else Reading.of(data, num_taps=num_taps)
+    return OnlineRows(tokens, target, reading=replace(reading, teacher_top_k=0))

@@ -4,7 +4,7 @@ The manifest comes with the stage's key, provenance and target block; the called
 it wrote and writes it last.
 """
 
-from dflash_train.config import RecipeConfig
+from dflash_train.config import FeaturesFrom, RecipeConfig
 from dflash_train.records.conversation import Conversation
 from dflash_train.records.manifest import FileEntry, Manifest
 from dflash_train.stages.drafters import import_drafter
@@ -79,17 +79,25 @@ def check_collect_engine(workshop: Workshop) -> None:
 
 
 def train(workshop: Workshop, manifest: Manifest) -> None:
-    """Train the drafter on the target's features, stored or online."""
+    """Train the drafter on the target's features, stored or online.
+
+    Stored ones need embedding and head of the target alone: its layers would take tens of GB from
+    the drafter on every GPU.
+    """
     try:
         with training_rows(workshop) as open_split:
+            head, drafter = workshop.target.head, workshop.new_drafter()
+            stop_token_ids = sorted(workshop.target.stop_token_ids)
+            if workshop.config.data.features is FeaturesFrom.stored:
+                workshop.let_target_go()
             training.train(
                 workshop.config,
                 accelerator=workshop.accelerator,
-                head=workshop.target.head,
-                drafter=workshop.new_drafter(),
+                head=head,
+                drafter=drafter,
                 manifest=manifest,
                 open_rows=open_split,
-                stop_token_ids=sorted(workshop.target.stop_token_ids),
+                stop_token_ids=stop_token_ids,
             )
     finally:
         workshop.accelerator.end_training()  # gloo aborts a process that leaves without it

@@ -71,10 +71,14 @@ class Workshop:
             if is_loaded or data.features is FeaturesFrom.stored:
                 return self.target
             return load_target_text(self.config.target, self.drafter_config.target_layer_ids)
+        self.let_target_go()
+        return load_target_text(self.config.target, self.drafter_config.target_layer_ids)
+
+    def let_target_go(self) -> None:
+        """Free the memory of the target, if it is loaded; who asks for it next loads it again."""
         self.__dict__.pop("target", None)
         gc.collect()
         torch.cuda.empty_cache()
-        return load_target_text(self.config.target, self.drafter_config.target_layer_ids)
 
     @functools.cached_property
     def accelerator(self) -> Accelerator:

@@ -30,7 +30,7 @@ stop() {
 trap stop TERM
 
 # --machine_rank differs between machines, so each shell fills it in itself.
-srun --kill-on-bad-exit=0 bash -c 'exec accelerate launch \
+srun --kill-on-bad-exit=0 bash -c 'exec python -m dflash_train.launch \
   --config_file "recipes/launch/$0.yaml" \
   --num_machines "$SLURM_NNODES" \
   --num_processes "$((SLURM_NNODES * SLURM_GPUS_PER_NODE))" \

@@ -3,6 +3,7 @@
 Overridden are the target and sizes alone; `-s` prints the table of recipes by stage.
 """
 
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import orjson
 import pytest
 import torch
 
-from dflash_train.config import RecipeConfig, compose, known_recipes
+from dflash_train.config import RecipeConfig, known_recipes
 from dflash_train.drafter.checkpoint import load_checkpoint
 from dflash_train.features.store import FeatureStore
 from dflash_train.records.manifest import Manifest
@@ -20,36 +21,12 @@ from dflash_train.stages.examination import Scope, examine_checkpoint
 from dflash_train.stages.exporting import export_checkpoint
 from dflash_train.stages.walk import run_stage
 from dflash_train.stages.workshop import Workshop
-from dflash_train.testing import MASK_TOKEN_ID, ask, write_conversations
-from tests.test_train.recipe_targets import save_recipe_target
+from tests.end_to_end.recipe_runs import HELD_OUT, RECIPES, TRAIN, small_overrides, small_recipe
 
-RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 NAMES = known_recipes(RECIPES)
 RECURRENT = ("qwen3_5",)
 """Targets that no decoder of ours takes: replay measures their drafters."""
 STAGES = ("regenerate", "collect", "train", "replay", "equivalence", "export", "doctor")
-SIZES = [
-    f"drafter.mask_token_id={MASK_TOKEN_ID}",
-    "drafter.num_hidden_layers=2",
-    "target.dtype=float32",
-    "data.max_new_tokens=24",
-    "training.max_steps=2",
-    "training.minutes=null",
-    "training.validate_every=2",
-    "training.save_every=2",
-    "training.log_every=1",
-    "training.num_anchors=8",
-    "training.pack_tokens=256",
-    "evaluate.eval_sets=[]",
-    "evaluate.live_traffic=0",
-    "evaluate.live_per_set=0",
-    "launch.num_threads=1",
-]
-TRAIN = [ask(f"{name}0", f"question {name}" * (place + 1)) for place, name in enumerate("abcdefgh")]
-HELD_OUT = [
-    ask(f"{name}0", f"held out {name}", split=split)
-    for name, split in (("i", "validation"), ("j", "validation"), ("k", "test"), ("l", "test"))
-]
 
 
 @pytest.fixture(autouse=True)
@@ -71,28 +48,6 @@ def _line(name: str, row: dict[str, str]) -> str:
     return " | ".join([name, *(row.get(stage, "-") for stage in STAGES)])
 
 
-OWN_SIZES = {
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 64
-}  # fmt: skip
-"""Of drafters whose recipe writes such a size; the others copy the tiny target's."""
-
-
-def tiny_recipe(name: str, folder: Path) -> RecipeConfig:
-    """Compose a recipe with its tiny target, and put conversations where `ingest` leaves them."""
-    written = compose([f"recipe={name}"], str(RECIPES))
-    target = save_recipe_target(written.target, folder / "target")
-    own = [
-        f"drafter.{key}={size}"
-        for key, size in OWN_SIZES.items()
-        if getattr(written.drafter, key) is not None
-    ]
-    places = [f"runs_dir={folder}", f"target.name_or_path={target}"]
-    config = compose([f"recipe={name}", *places, *SIZES, *own], str(RECIPES))
-    write_conversations(config, [*TRAIN, *HELD_OUT])
-    Manifest(stage="ingest", recipe_hash="r").write(config.run_dir / "conversations")
-    return config
-
-
 def walk(config: RecipeConfig, row: dict[str, str]) -> list[Finding]:
     """Run the stages in order and note what each gave; the doctor's findings come last."""
     workshop, run_dir = Workshop(config), config.run_dir
@@ -103,7 +58,9 @@ def walk(config: RecipeConfig, row: dict[str, str]) -> list[Finding]:
     assert len(store) == len(TRAIN)
     assert all(torch.isfinite(each.features.float()).all() for each in store)
     row["collect"] = f"{store[0].features.shape[1]} wide"
+    target = weakref.ref(workshop.target.model)
     run_stage(workshop, "train")
+    assert target() is None, "training holds the target's layers, which it does not read"
     row["train"] = f"{_losses(run_dir)[-1]:.2f}"
     run_stage(workshop, "evaluate")
     row["replay"] = f"{_acceptance(run_dir):.2f}"
@@ -157,7 +114,8 @@ def test_a_recipe_goes_through_every_stage(
     name: str, tmp_path: Path, table: dict[str, dict[str, str]]
 ) -> None:
     row = table.setdefault(name, {})
-    findings = {finding.check: finding for finding in walk(tiny_recipe(name, tmp_path), row)}
+    config = small_recipe(name, small_overrides(name, tmp_path))
+    findings = {finding.check: finding for finding in walk(config, row)}
     failed = [str(each) for each in findings.values() if each.status is Status.failed]
     assert not failed, _line(name, row)
     assert row.keys() == set(STAGES)

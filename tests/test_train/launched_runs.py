@@ -8,8 +8,9 @@ weights as every rank holds them.
 
 import os
 import signal
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -34,6 +35,7 @@ from dflash_train.training.accelerator import build_accelerator
 from dflash_train.training.batching import Pack
 from dflash_train.training.trainer import StepResult, Trainer
 
+ROOT = Path(__file__).resolve().parents[2]
 ROW_TOKENS = 20
 """Tokens of each row of the split `even`."""
 
@@ -131,6 +133,56 @@ MOVED = {
     "gpu-goes-on": Run(max_steps=20, dtype=torch.float32, folder="gpu"),
 }
 RUNS = TWO_RANKS | ONE_RANK | ENGINES | GPU_RUNS | ON_ONE_GPU | MOVED
+
+
+def by_torch(num_processes: int) -> list[str]:
+    """Give the beginning of a command that starts processes on this machine's CPU."""
+    return ["torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
+
+
+def by_accelerate(launch_file: str, num_processes: int) -> list[str]:
+    """Give the beginning of a command that starts processes by a file of `recipes/launch`."""
+    path = ROOT / "recipes" / "launch" / f"{launch_file}.yaml"
+    return [
+        "accelerate.commands.launch", "--config_file", str(path),
+        "--num_processes", str(num_processes),
+    ]  # fmt: skip
+
+
+def launch_runs(
+    launcher: list[str],
+    folder: Path,
+    names: Iterable[str],
+    *,
+    environment: Mapping[str, str] | None = None,
+) -> str:
+    """Fit named runs in processes of their own and give what these said on stderr."""
+    program = ["-m", "tests.test_train.launched_runs", str(folder), *names]
+    return launch([*launcher, *program], environment=environment)
+
+
+def launch(arguments: list[str], *, environment: Mapping[str, str] | None = None) -> str:
+    """Run `python -m ARGUMENTS` from the root of the repository, one thread per process.
+
+    Args:
+        arguments: A launcher, from `by_torch` or `by_accelerate`, and its program.
+        environment: Variables that this launch needs beside those of the tests.
+
+    Returns:
+        What it wrote to stderr.
+    """
+    defaults = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [sys.executable, "-m", *arguments],
+        env=os.environ | defaults | dict(environment or {}),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stderr
 
 
 def recipe(folder: Path, run: Run, name: str) -> RecipeConfig:

@@ -1,8 +1,5 @@
 """DeepSpeed's engines on one CPU process, by the launch files that GPUs use: `make engines`."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,12 +7,11 @@ import torch
 from safetensors.torch import load_file
 
 from dflash_train.testing import assert_close, tiny_target
-from tests.test_train.launched_runs import ENGINES, fit, losses
+from tests.test_train.launched_runs import ENGINES, by_accelerate, fit, launch_runs, losses
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("deepspeed", reason="pip install 'dflash-train[deepspeed]'")
 
-ROOT = Path(__file__).resolve().parents[2]
 COMPARED = [name for name in ENGINES if name not in ("engine-cut", "engine-goes-on")]
 
 
@@ -42,23 +38,8 @@ def engine(
     """All runs under an engine, in one launch."""
     folder = tmp_path_factory.mktemp(request.param)
     write_split(folder / "uneven", rows)
-    launch_file = ROOT / "recipes" / "launch" / f"{request.param}.yaml"
-    command = ["-m", "accelerate.commands.launch", "--config_file", str(launch_file)]
-    program = ["--num_processes", "1", "-m", "tests.test_train.launched_runs", str(folder)]
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "DS_ACCELERATOR": "cpu",
-    }
-    result = subprocess.run(
-        [sys.executable, *command, *program, *ENGINES],
-        env=environment,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    launcher = by_accelerate(request.param, 1)
+    launch_runs(launcher, folder, ENGINES, environment={"DS_ACCELERATOR": "cpu"})
     return folder
 
 

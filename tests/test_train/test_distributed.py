@@ -1,8 +1,5 @@
 """Two processes over gloo against one: the same losses, the same weights, the same states."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,12 +15,13 @@ from tests.test_train.launched_runs import (
     RUNS,
     TWO_RANKS,
     Run,
+    by_torch,
     even_rows,
     fit,
+    launch_runs,
     losses,
 )
 
-ROOT = Path(__file__).resolve().parents[2]
 NUM_EVEN_ROWS = 8
 
 
@@ -38,24 +36,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory, answer_rows, write_split) -
     assert {len(row.input_ids) for row in even} == {ROW_TOKENS}
     write_split(folder / "even", even, dtype=torch.float64)
     fit(folder, RUNS["cut on one"], "cut on one")
-    launch(folder, list(TWO_RANKS))
+    (folder / "said").write_text(launch_runs(by_torch(2), folder, TWO_RANKS))
     return folder
-
-
-def launch(folder: Path, names: list[str]) -> None:
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [sys.executable, *command, "-m", "tests.test_train.launched_runs", str(folder), *names],
-        env=environment,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    (folder / "said").write_text(result.stderr)
-    assert result.returncode == 0, result.stderr[-3000:]
 
 
 def weights(folder: Path, name: str, rank: int = 0) -> dict[str, torch.Tensor]:

@@ -15,7 +15,7 @@ from dflash_inference.report_file import read_schema
 from dflash_train.config import RecipeConfig, TargetConfig
 from dflash_train.drafter.checkpoint import load_checkpoint
 from dflash_train.drafter.metadata import METADATA_NAME
-from dflash_train.features.store import FeatureStore
+from dflash_train.features.store import WITHOUT_FEATURES, FeatureStore
 from dflash_train.features.target import Target, load_target
 from dflash_train.records.chat_template import render_prompt
 from dflash_train.records.conversation import Turn
@@ -28,6 +28,7 @@ from dflash_train.stages.walk import run_stage
 from dflash_train.stages.workshop import Workshop
 from dflash_train.testing import MASK_TOKEN_ID, save_tiny_target
 from dflash_train.training.replay import replay_many, replay_rows
+from tests.test_train.token_splits import write_tokens
 
 STEPS = 400
 Content = dict[str, Any]
@@ -275,6 +276,24 @@ def test_features_of_another_target_are_no_evidence(case: Case, tmp_path: Path):
     assert found["origin"].status is Status.warning
     assert found["acceptance"].status is Status.skipped
     assert "was made with another target: name" in found["acceptance"].sentence
+
+
+@pytest.mark.parametrize("knows_recipe", [True, False])
+def test_a_run_without_features_has_its_answers_read_again(
+    case: Case, tmp_path: Path, knows_recipe: bool
+):
+    stored = case.config.run_dir
+    shutil.copytree(stored / "report", tmp_path / "report")
+    rows = FeatureStore.open(stored / "features" / "test")
+    write_tokens(tmp_path / "features" / "test", rows.read(range(len(rows))))
+    manifest = Manifest.read(stored / "features")
+    assert manifest is not None
+    manifest.details |= WITHOUT_FEATURES
+    manifest.write(tmp_path / "features")
+    recipe = case.config if knows_recipe else None
+    want = case.examine(case.best, recipe=recipe)
+    assert want["acceptance"].status is Status.ok
+    assert case.examine(case.best, recipe=recipe, run_dir=tmp_path) == want
 
 
 def test_a_drafter_that_the_recipe_does_not_describe_is_named(case: Case):

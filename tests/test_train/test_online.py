@@ -40,14 +40,12 @@ from dflash_train.drafter.model import Drafter
 from dflash_train.features.online_passes import PADDED, plan_passes
 from dflash_train.features.online_rows import OnlineRows, Reading, SharedReader
 from dflash_train.features.store import (
-    WITHOUT_FEATURES,
     FeatureRow,
     FeatureStore,
     IndexLine,
     read_index,
     write_index,
     write_shard,
-    write_token_shard,
 )
 from dflash_train.features.target import ReadAnswer, Target
 from dflash_train.records.conversation import Conversation
@@ -69,23 +67,12 @@ from dflash_train.training.online import ReadAhead, open_batches
 from dflash_train.training.stage import train
 from dflash_train.training.trainer import StepResult, Trainer
 from tests.test_data.vllm_stand_in import python_with_stand_in, stand_in_features
+from tests.test_train.token_splits import write_tokens
 
 ROOT = Path(__file__).resolve().parents[2]
 READING = Reading(dtype=torch.float32, num_taps=2, teacher_top_k=0, batch_size=8)
 BLOCKS = BlockSettings(block_size=4, num_anchors=4, seed=0)
 CPU = torch.device("cpu")
-
-
-def write_tokens(folder: Path, rows: list[FeatureRow]) -> FeatureStore:
-    """Write rows as `collect` does where features are online."""
-    write_token_shard(folder / "tokens.safetensors", rows)
-    lines = write_shard(folder / "scratch.safetensors", rows, dtype=torch.float32)
-    (folder / "scratch.safetensors").unlink()
-    write_index(folder, [replace(line, shard="tokens.safetensors") for line in lines])
-    manifest = Manifest(stage="collect", recipe_hash="sha256:0", details=dict(WITHOUT_FEATURES))
-    manifest.outputs = [FileEntry.of(path, folder) for path in sorted(folder.iterdir())]
-    manifest.write(folder)
-    return FeatureStore.open(folder, needs_features=False)
 
 
 class CountingReader:

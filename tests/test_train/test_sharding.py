@@ -1,7 +1,6 @@
 """The loss under FSDP2 itself, on two CPU processes: accelerate shards on GPUs only."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,8 +19,8 @@ from dflash_train.testing import VARIANTS, assert_close, tiny_drafter, tiny_targ
 from dflash_train.training.batching import BatchSource, BlockSettings, TrainingBatch
 from dflash_train.training.drafter_loss import DrafterLoss
 from dflash_train.training.losses import LossSettings, fixed_weights
+from tests.test_train.launched_runs import by_torch, launch
 
-ROOT = Path(__file__).resolve().parents[2]
 CASES = ["plain", "dflash2", "dspark", "plain-recomputed", "dspark-recomputed"]
 NUM_STEPS, NUM_RANKS = 3, 2
 
@@ -91,19 +90,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, answer_rows, write_split) -
     target = tiny_target(dtype=torch.float64)
     rows = answer_rows(target, [5, 9, 7, 12, 6, 8, 10])
     write_split(folder / "rows", rows, dtype=torch.float64)
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(NUM_RANKS)]
-    program = ["-m", "tests.test_train.test_sharding", str(folder)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [sys.executable, *command, *program],
-        env=environment,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    launch([*by_torch(NUM_RANKS), "-m", "tests.test_train.test_sharding", str(folder)])
     return folder
 
 

@@ -15,7 +15,7 @@ COMMANDS = {
     "scontrol": (
         'if [ "$1" = show ]; then printf "node-a\\nnode-b\\n"; else echo "$@" > "$OUT/said"; fi'
     ),
-    "accelerate": (
+    "python": (
         'trap "echo saved > \\"$OUT/saved\\"; exit 130" TERM\n'
         'printf "%s\\n" "$@" > "$OUT/partial"; mv "$OUT/partial" "$OUT/arguments"\n'
         '[ -z "${FAILS:-}" ] || exit 2\n'
@@ -54,7 +54,8 @@ def test_a_job_that_must_end_saves_and_goes_back_into_the_queue(
     assert (tmp_path / "saved").exists()
     assert (tmp_path / "said").read_text() == "requeue 7\n"
     arguments = (tmp_path / "arguments").read_text().splitlines()
-    assert arguments[:3] == ["launch", "--config_file", "recipes/launch/multi_node.yaml"]
+    assert arguments[:2] == ["-m", "dflash_train.launch"]
+    assert arguments[2:4] == ["--config_file", "recipes/launch/multi_node.yaml"]
     assert arguments[arguments.index("--num_processes") + 1] == "16"
     assert arguments[arguments.index("--main_process_ip") + 1] == "node-a"
     assert arguments[-3:] == ["train.py", "recipe=qwen3", "name=a b"]

@@ -1,8 +1,5 @@
 """Every launch file on two real GPUs against one process; needs a machine that has them."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,35 +7,17 @@ import torch
 from safetensors.torch import load_file
 
 from dflash_train.testing import assert_close, tiny_target
-from tests.test_train.launched_runs import GPU_RUNS, losses
+from tests.test_train.launched_runs import GPU_RUNS, by_accelerate, launch_runs, losses
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
 ]
 
-ROOT = Path(__file__).resolve().parents[2]
 LAUNCHES = ["ddp", "fsdp2", "zero2", "zero3"]
 RESHARDED = ["ddp", "fsdp2"]
 FLOAT32, BFLOAT16 = 1e-4, 2e-2
 """Relative difference of losses over 20 steps: sums in another order; products of 8 bits."""
-
-
-def launch(folder: Path, launch_file: str, num_processes: int, names: list[str]) -> str:
-    path = ROOT / "recipes" / "launch" / f"{launch_file}.yaml"
-    command = ["-m", "accelerate.commands.launch", "--config_file", str(path)]
-    program = ["-m", "tests.test_train.launched_runs", str(folder), *names]
-    result = subprocess.run(
-        [sys.executable, *command, "--num_processes", str(num_processes), *program],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result.stderr
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +30,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory, rows: list, write_split) -> 
     """All runs on one GPU, with twice the accumulation."""
     folder = tmp_path_factory.mktemp("alone")
     write_split(folder / "uneven", rows)
-    launch(folder, "single", 1, [f"{name} alone" for name in GPU_RUNS])
+    launch_runs(by_accelerate("single", 1), folder, [f"{name} alone" for name in GPU_RUNS])
     return folder
 
 
@@ -65,7 +44,7 @@ def together(
         pytest.importorskip("deepspeed", reason="pip install 'dflash-train[deepspeed]'")
     folder = tmp_path_factory.mktemp(request.param)
     write_split(folder / "uneven", rows)
-    launch(folder, request.param, 2, list(GPU_RUNS))
+    launch_runs(by_accelerate(request.param, 2), folder, GPU_RUNS)
     return folder
 
 
@@ -86,8 +65,8 @@ def test_a_state_of_two_gpus_goes_on_on_one(
     tmp_path: Path, alone: Path, rows: list, write_split, launch_file: str
 ):
     write_split(tmp_path / "uneven", rows)
-    launch(tmp_path, launch_file, 2, ["gpu-cut"])
-    said = launch(tmp_path, launch_file, 1, ["gpu-goes-on"])
+    launch_runs(by_accelerate(launch_file, 2), tmp_path, ["gpu-cut"])
+    said = launch_runs(by_accelerate(launch_file, 1), tmp_path, ["gpu-goes-on"])
     assert "a step still takes 2 packs, 2 per process" in said
     got = load_file(tmp_path / "gpu-goes-on-rank-0" / "model.safetensors")
     want = load_file(alone / "gpu-plain-no alone-rank-0" / "model.safetensors")

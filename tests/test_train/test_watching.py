@@ -1,8 +1,7 @@
 """What a real run leaves for those who watch it: timers, curves, traces."""
 
 import json
-import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from dflash_train.training.stage import train
 from dflash_train.training.step_timers import PHASES
 from dflash_train.training.tracking import TENSORBOARD_FOLDER
 from dflash_train.training.trainer import Trainer
+from tests.test_train.wandb_files import history
 
 Run = Callable[..., RecipeConfig]
 CURVES = {
@@ -111,37 +111,6 @@ def test_a_resumed_wandb_run_keeps_its_id(run: Run, monkeypatch: pytest.MonkeyPa
     found = [values for path in written for values in history(path)]
     assert {name for values in found for name in values} >= CURVES
     assert [values["step"] for values in found if "loss" in values] == [2, 4, 6]
-
-
-def history(path: Path) -> list[dict[str, Any]]:
-    """Read the logged values of a W&B file: records in LevelDB's log format."""
-    from wandb.proto.wandb_internal_pb2 import (
-        Record,  # pyright: ignore[reportAttributeAccessIssue] made when it is imported
-    )
-
-    found = []
-    for data in log_records(path.read_bytes()):
-        record = Record()
-        record.ParseFromString(data)
-        if record.HasField("history"):
-            items = record.history.item
-            found.append({i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in items})
-    return found
-
-
-def log_records(content: bytes) -> Iterator[bytes]:
-    """Yield the records behind the file's header: checksum, length, kind, bytes, in blocks."""
-    block, header, place, record = 32 * 1024, 7, 7, b""
-    while place + header <= len(content):
-        if block - place % block < header:  # the rest of a block is padding
-            place += block - place % block
-            continue
-        _, length, kind = struct.unpack("<IHB", content[place : place + header])
-        record += content[place + header : place + header + length]
-        place += header + length
-        if kind in (1, 4):  # whole, or the last part
-            yield record
-            record = b""
 
 
 def test_a_window_of_steps_is_profiled(run: Run):
