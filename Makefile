@@ -12,7 +12,7 @@ TEST_ENV := HF_HUB_OFFLINE=1
 .PHONY: help demo test quick check soak mutants official-check formats-check drafter \
   serve-check llama-check engines \
   bench-train bench-growth bench-plan bench-ingest bench-privacy bench-store bench-collect \
-  bench-online bench-decode clean
+  bench-online bench-decode bench-kernels kernel-tables bench-drift bench-tune clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -89,6 +89,19 @@ bench-decode: $(VENV)/.stamp-dev  ## after drafter: our decoder beside two other
 	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/official dflash==0.1.0
 	PYTHONPATH=$(VENV)/official $(BIN)/python -m benchmarks.bench_decode \
 	  --prompts "$(GSM8K)/gsm8k_smollm2/test-64.jsonl" $(SETTINGS)
+
+bench-kernels: $(VENV)/.stamp-dev  ## on a GPU: the Triton kernels beside torch, FlexAttention and Liger
+	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/liger liger-kernel==0.8.5
+	PYTHONPATH=$(VENV)/liger $(BIN)/python -m benchmarks.bench_kernels $(SETTINGS)
+
+kernel-tables: $(VENV)/.stamp-dev  ## compile the kernels without a GPU; rooflines; into kernels/README.md
+	$(BIN)/python -m benchmarks.kernel_tables --write
+
+bench-drift: $(VENV)/.stamp-dev  ## falls of acceptance: noticed after how many requests, false alarms
+	$(BIN)/python -m benchmarks.bench_drift $(SETTINGS)
+
+bench-tune: $(VENV)/.stamp-dev  ## hours: what tuning gains and others lose: DATA=DIR, see docs/protocols
+	$(BIN)/python -m benchmarks.bench_tune $(if $(DATA),--data "$(DATA)") $(SETTINGS)
 
 clean:  ## remove .venv and what tools leave behind; keeps runs/
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -28,6 +28,7 @@ PACKAGES = {
 # Library -> the only modules or packages that may import it.
 THIRD_PARTY = {
     "accelerate": (
+        "dflash_train.launch",
         "dflash_train.training.accelerator",
         "dflash_train.training.stage",
         "dflash_train.training.trainer",
@@ -114,7 +115,7 @@ class Module:
         parts = self.name.split(".")
         if len(parts) == 1:  # dflash_train/__init__.py stands below everything
             return LADDER[-1]
-        return {"__main__": "cli"}.get(parts[1], parts[1])
+        return {"__main__": "cli", "launch": "cli"}.get(parts[1], parts[1])
 
 
 def is_within(name: str, places: tuple[str, ...]) -> bool:

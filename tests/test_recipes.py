@@ -100,7 +100,7 @@ def test_a_recipe_is_planned_for_the_machine_that_its_comment_names(
     else:
         assert "8 H100" in comment
         assert plan[0] == f"plan of {name} for 8 x h100"
-        assert any(line.startswith("memory: ") and " fits " in line for line in plan)
+        assert any(line.startswith("memory: ") and " fits;" in line for line in plan)
 
 
 @pytest.mark.parametrize(("group", "name"), GROUPS)

@@ -8,52 +8,13 @@ one block. Legend: A blocks, K slots of a block, T context rows, H heads, G kv h
 E hidden size.
 """
 
-import torch
 from torch import Tensor, nn
 
-from dflash_train.drafter.block_attention import Blocks, ContextKV, block_attention
+from dflash_train.drafter.block_attention import Blocks, ContextKV
 from dflash_train.drafter.config import DrafterConfig, Visibility
-from dflash_train.drafter.fused import RMSNorm
-
-
-class ContextCache:
-    """The context keys and values of one request, all drafter layers; block rows never enter.
-
-    The decoder owns it and only appends; nothing is ever removed, because only features of
-    committed tokens are fed. Sliding layers keep all rows too, and see those of their window.
-    """
-
-    def __init__(self) -> None:
-        """Start empty."""
-        self.layers: list[ContextKV] = []
-
-    @property
-    def length(self) -> int:
-        """Context rows held, which is also the position of the next anchor."""
-        return self.layers[0].k.shape[0] if self.layers else 0
-
-    def append(self, rows: list[ContextKV]) -> None:
-        """Add new context rows, one entry per layer."""
-        if not self.layers:
-            self.layers = rows
-            return
-        self.layers = [
-            ContextKV(torch.cat([held.k, new.k]), torch.cat([held.v, new.v]))
-            for held, new in zip(self.layers, rows, strict=True)
-        ]
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply RoPE in the neox layout.
-
-    Args:
-        x: `[..., heads, D]`.
-        cos: `[..., D]` of the rows' positions.
-        sin: `[..., D]`.
-    """
-    low, high = x.chunk(2, dim=-1)
-    turned = torch.cat([-high, low], dim=-1)
-    return x * cos.unsqueeze(-2) + turned * sin.unsqueeze(-2)
+from dflash_train.drafter.context import rotate
+from dflash_train.drafter.fused import LentNorm, RMSNorm
+from dflash_train.ops import Ops
 
 
 class InjectedAttention(nn.Module):
@@ -71,16 +32,23 @@ class InjectedAttention(nn.Module):
         self.v_proj = nn.Linear(width, config.num_key_value_heads * self.head_dim, bias=bias)
         self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, width, bias=bias)
         self.q_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
-        self.k_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        self.k_norm = LentNorm(self.head_dim, eps=config.rms_norm_eps)
 
-    def keys_values(self, x: Tensor, cos: Tensor, sin: Tensor) -> ContextKV:
-        """Project rows `[..., E]` to keys (normed, rotated) and values, `[..., G, D]` each."""
-        k = self.k_norm(self.k_proj(x).unflatten(-1, (-1, self.head_dim)))
-        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
-        return ContextKV(rotate(k, cos, sin), v)
+    def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Project rows `[..., E]` to keys, neither normed nor rotated, and values:
+        `[..., G, D]` each."""
+        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))
+        return k, self.v_proj(x).unflatten(-1, (-1, self.head_dim))
 
     def forward(
-        self, x_AKE: Tensor, context: ContextKV, blocks: Blocks, *, cos: Tensor, sin: Tensor
+        self,
+        x_AKE: Tensor,
+        context: ContextKV,
+        blocks: Blocks,
+        *,
+        cos: Tensor,
+        sin: Tensor,
+        ops: Ops,
     ) -> Tensor:
         """Attend for normed block rows.
 
@@ -90,17 +58,18 @@ class InjectedAttention(nn.Module):
             blocks: Where the blocks stand.
             cos: `[A, K, D]` of the slots' positions.
             sin: `[A, K, D]`.
+            ops: What attends.
 
         Returns:
             `[A, K, E]`.
         """
         q = self.q_norm(self.q_proj(x_AKE).unflatten(-1, (-1, self.head_dim)))
-        own = self.keys_values(x_AKE, cos, sin)
-        out = block_attention(
+        k, v = self.keys_values(x_AKE)
+        out = ops.block_attention(
             rotate(q, cos, sin),
             context,
-            own.k,
-            own.v,
+            rotate(self.k_norm(k), cos, sin),
+            v,
             blocks=blocks,
             visibility=self.visibility,
         )

@@ -15,7 +15,7 @@ heads, M = K * R query rows of a block and kv head, N = A * M, n = a * M, D head
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -45,6 +45,8 @@ class Blocks:
     """`[A]` int64, position of each block's anchor in its document."""
     widths: Tensor | None = None
     """`[A]` int64, slots that exist in each block; None means all K."""
+    kept: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """What an operation derives from the rest once for all layers, by its name."""
 
     def context_positions(self) -> Tensor:
         """Give `[T]` int64, the position of every context row in its document."""

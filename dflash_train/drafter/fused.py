@@ -24,6 +24,23 @@ class RMSNorm(nn.RMSNorm):
         return _RootMeanSquareNorm.apply(x, self.weight, self.eps)
 
 
+class LentNorm(RMSNorm):
+    """An RMSNorm that can lend its weight to an operation that norms for many layers at once.
+
+    Sharded training frees the weight when the forward pass of its module ends; what that pass
+    gives stays.
+    """
+
+    def forward(self, x: Tensor | None) -> Tensor:
+        """Norm `[..., E]`, or for None give a copy of the weight, `[E]`, with its graph."""
+        return self.weight.clone() if x is None else super().forward(x)
+
+
+def rms_norm(x: Tensor, weight_E: Tensor, *, eps: float) -> Tensor:
+    """Norm `[..., E]` as `RMSNorm` does, by a weight that is at hand."""
+    return _RootMeanSquareNorm.apply(x, weight_E, eps)
+
+
 class GatedDown(nn.Linear):
     """`down(silu(gate) * up)`; keeps gate and up alone, the products are computed again."""
 

@@ -6,10 +6,12 @@ from functools import partial
 from torch import Tensor, nn
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
-from dflash_train.drafter.attention import Blocks, ContextKV, InjectedAttention
+from dflash_train.drafter.attention import InjectedAttention
+from dflash_train.drafter.block_attention import Blocks, ContextKV
 from dflash_train.drafter.config import DrafterConfig, Visibility
 from dflash_train.drafter.fused import GatedDown, RMSNorm
 from dflash_train.drafter.mixers import BlockConvolution, Unmixed
+from dflash_train.ops import Ops
 
 
 class GatedMLP(nn.Module):
@@ -42,10 +44,17 @@ class DrafterLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(
-        self, x_AKE: Tensor, context: ContextKV, blocks: Blocks, *, cos: Tensor, sin: Tensor
+        self,
+        x_AKE: Tensor,
+        context: ContextKV,
+        blocks: Blocks,
+        *,
+        cos: Tensor,
+        sin: Tensor,
+        ops: Ops,
     ) -> Tensor:
-        """Map block rows `[A, K, E]` to `[A, K, E]`."""
-        attend = partial(self.self_attn, context=context, blocks=blocks, cos=cos, sin=sin)
+        """Map block rows `[A, K, E]` to `[A, K, E]`, attending by `ops`."""
+        attend = partial(self.self_attn, context=context, blocks=blocks, cos=cos, sin=sin, ops=ops)
         x_AKE = x_AKE + self.attention_conv(self.input_layernorm(x_AKE), attend)
         return x_AKE + self.mlp_conv(self.post_attention_layernorm(x_AKE), self.mlp)
 

@@ -14,14 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dflash_train.config import require
-from dflash_train.drafter.attention import Blocks, ContextCache, ContextKV
+from dflash_train.config import KernelChoice, require
+from dflash_train.drafter.block_attention import Blocks, ContextKV
 from dflash_train.drafter.config import DrafterConfig
+from dflash_train.drafter.context import ContextCache, RawContext
 from dflash_train.drafter.fused import RMSNorm
 from dflash_train.drafter.heads import CandidateSelector, ConfidenceHead, MarkovHead
 from dflash_train.drafter.layers import DrafterLayer, ExactRotary
 from dflash_train.drafter.mixers import BlockConvolution
 from dflash_train.features.frozen_head import FrozenHead
+from dflash_train.ops import Ops, choose_ops
 
 INITIALIZER_RANGE = 0.02
 
@@ -41,6 +43,8 @@ class Drafter(nn.Module):
         self.config = config
         self.recomputes_layers = False
         """Set it to compute layers again in the backward pass instead of keeping their insides."""
+        self.kernels = KernelChoice.auto
+        """Set it to force Triton's or torch's operations."""
         width = config.hidden_size
         self.fc = nn.Linear(config.num_taps * width, width, bias=False)
         self.hidden_norm = RMSNorm(width, eps=config.rms_norm_eps)
@@ -82,9 +86,37 @@ class Drafter(nn.Module):
 
     def project_context(self, target_features: Tensor, positions: Tensor) -> list[ContextKV]:
         """Give each layer's keys and values of `[T, L*E]` features at `[T]` int64 positions."""
+        raw = self._raw_context(target_features, positions)
+        return self.ops(raw.cos).context_kv(raw)
+
+    def extend_context(self, new_features: Tensor, cache: ContextCache) -> None:
+        """Add `[n, L*E]` features, committed since the last call, to the context of a request."""
+        start = cache.length
+        positions = torch.arange(start, start + len(new_features), device=new_features.device)
+        raw = self._raw_context(new_features, positions)
+        ops = self.ops(raw.cos)
+        if cache.layers and not torch.is_grad_enabled():
+            ops.write_context_kv(raw, *cache.extend(raw.num_rows))
+        else:
+            cache.append(ops.context_kv(raw))
+
+    def _raw_context(self, target_features: Tensor, positions: Tensor) -> RawContext:
         fused = self.hidden_norm(self.fc(target_features))  # [T, E]
         cos, sin = self._rotation(fused, positions)
-        return [layer.self_attn.keys_values(fused, cos, sin) for layer in self._typed_layers()]
+        layers = [layer.self_attn for layer in self._typed_layers()]
+        keys, values = zip(*(layer.keys_values(fused) for layer in layers), strict=True)
+        return RawContext(
+            keys=list(keys),
+            values=list(values),
+            weights=[layer.k_norm(None) for layer in layers],
+            eps=self.config.rms_norm_eps,
+            cos=cos,
+            sin=sin,
+        )
+
+    def ops(self, like: Tensor) -> Ops:
+        """Give the operations that run on the device and in the number format of a tensor."""
+        return choose_ops(self.kernels, like.device, like.dtype)
 
     def denoise(
         self, block_embeddings: Tensor, contexts: list[ContextKV], blocks: Blocks
@@ -98,8 +130,9 @@ class Drafter(nn.Module):
         """
         x_AKE = block_embeddings
         cos, sin = self._rotation(x_AKE, blocks.slot_positions(x_AKE.shape[1]))
+        ops = self.ops(x_AKE)
         for layer, context in zip(self._typed_layers(), contexts, strict=True):
-            run = partial(layer, x_AKE, context, blocks, cos=cos, sin=sin)
+            run = partial(layer, x_AKE, context, blocks, cos=cos, sin=sin, ops=ops)
             x_AKE = self._recomputed(run) if self.recomputes_layers else run()
         return self.norm(x_AKE)
 
@@ -120,9 +153,7 @@ class Drafter(nn.Module):
         Returns:
             `[m, E]` hidden states after the final norm.
         """
-        start = cache.length
-        positions = torch.arange(start, start + new_features.shape[0], device=new_features.device)
-        cache.append(self.project_context(new_features, positions))
+        self.extend_context(new_features, cache)
         blocks = Blocks(
             context_offsets=[0, cache.length],
             block_offsets=[0, 1],

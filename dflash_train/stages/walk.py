@@ -20,8 +20,10 @@ from dflash_train.stages.work import check_collect_engine
 from dflash_train.stages.workshop import Workshop
 
 KEY_NAME = "stage.key"
-_WATCHING = {"training": ("profile_steps",)}
-"""By group: settings that look on while a stage runs, and change nothing of its result."""
+_WATCHING = {"training": ("profile_steps",), "launch": ("kernels",)}
+"""By group: settings that change nothing of a stage's result, the device's rounding apart."""
+_UNSET = {"training": {"patience": None}}
+"""By group: settings without effect at this value; runs from before they existed stay complete."""
 
 
 def run(config: RecipeConfig, *, force: bool = False) -> None:
@@ -52,9 +54,7 @@ def run_stage(workshop: Workshop, name: str, *, force: bool = False) -> bool:
     stage = stage_named(name)
     folder = workshop.config.run_dir / stage.folder
     manifest = _prepare(stage, workshop)
-    done = Manifest.read(folder)
-    is_current = done is not None and done.key == manifest.key and done.has_outputs(folder)
-    if is_current and not force:
+    if _is_current(manifest, folder) and not force:
         tqdm.write(f"{name}: complete and unchanged, nothing to do", file=sys.stderr)
         return False
     if stage.is_distributed:  # every process has decided before the first one changes the folder
@@ -62,16 +62,35 @@ def run_stage(workshop: Workshop, name: str, *, force: bool = False) -> bool:
     if not stage.is_distributed or workshop.accelerator.is_main_process:
         tqdm.write(f"{name}: running", file=sys.stderr)
         keeps_files = stage.is_repairable and not force
+        was_done = Manifest.read(folder) is not None
         _claim(
             stage,
             workshop.config.run_dir,
             manifest.key,
-            afresh=done is not None and not keeps_files,
+            afresh=was_done and not keeps_files,
         )
     if stage.is_distributed:
         workshop.accelerator.wait_for_everyone()
     stage.execute(workshop, manifest)
     return True
+
+
+def is_complete(workshop: Workshop, name: str) -> bool:
+    """Tell whether a stage has nothing to do; it has where one before it has not run.
+
+    Raises:
+        ValueError: An input that no stage wrote is not there.
+    """
+    stage, config = stage_named(name), workshop.config
+    before = [each for each in stages_of(config) if each.name in stage.upstream]
+    if any(Manifest.read(config.run_dir / each.folder) is None for each in before):
+        return False
+    return _is_current(_prepare(stage, workshop), config.run_dir / stage.folder)
+
+
+def _is_current(wanted: Manifest, folder: Path) -> bool:
+    done = Manifest.read(folder)
+    return done is not None and done.key == wanted.key and done.has_outputs(folder)
 
 
 def _prepare(stage: Stage, workshop: Workshop) -> Manifest:
@@ -103,6 +122,9 @@ def _setting(config: RecipeConfig, key: str) -> Any:
     watching = _WATCHING.get(key, ())
     if watching:
         value = {name: value[name] for name in value if name not in watching}
+    unset = _UNSET.get(key)
+    if unset:
+        value = {k: each for k, each in value.items() if k not in unset or each != unset[k]}
     return value
 
 

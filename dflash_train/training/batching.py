@@ -6,8 +6,8 @@ packed greedily. Ranks take turns on it, so no pack is dropped or repeated, ever
 number of micro-batches, and R ranks see what one process with R times the accumulation sees.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Protocol
 
@@ -24,6 +24,7 @@ from dflash_train.training.blocks import (
     block_labels,
     hashed_generator,
     label_mask,
+    prefer_own_starts,
     select_anchors,
 )
 
@@ -87,6 +88,10 @@ class BlockSettings:
     """`[Vd]` int64, ascending: ids that can be drafted; a block's labels end at any other."""
     use_teacher: bool = False
     """Also take the target's distributions from the rows."""
+    own_starts: Mapping[str, Tensor] = field(default_factory=dict)
+    """By row: where the drafter's own steps start, if it is known (`training.on_policy_every`)."""
+    own_share: float = 1.0
+    """Share of a row's blocks that start there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,7 +239,16 @@ def _teacher_of(row: FeatureRow, anchors: Tensor, mask_AK: Tensor, first_slot: i
 
 def _draw_anchors(row: FeatureRow, settings: BlockSettings, *, epoch: int) -> Tensor:
     generator = anchor_generator(settings.seed, epoch=epoch, row_id=row.id)
-    return select_anchors(row.loss_mask, settings.num_anchors, generator=generator)
+    own_starts = settings.own_starts.get(row.id)
+    if own_starts is None:
+        return select_anchors(row.loss_mask, settings.num_anchors, generator=generator)
+    return prefer_own_starts(
+        row.loss_mask,
+        own_starts,
+        num_anchors=settings.num_anchors,
+        own_share=settings.own_share,
+        generator=generator,
+    )
 
 
 def _offsets(lengths: list[int]) -> list[int]:

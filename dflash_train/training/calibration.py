@@ -32,6 +32,8 @@ class Calibration:
     validation_s: float
     """One replay of the validation rows."""
     max_steps: int
+    own_starts_s: float = 0.0
+    """One replay of training rows, as `training.on_policy_every` asks for; 0 without it."""
 
 
 def calibrate(
@@ -40,6 +42,8 @@ def calibrate(
     *,
     minutes: float,
     validate_every: int,
+    own_starts_s: float = 0.0,
+    own_starts_every: int = 1,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Calibration:
     """Time steps and one validation, and count how many steps fit.
@@ -51,6 +55,8 @@ def calibrate(
         validate: Runs one validation.
         minutes: Length of the run.
         validate_every: Steps between validations; there is one more after the last step.
+        own_starts_s: Seconds of one replay of training rows.
+        own_starts_every: Steps between those; the first one comes before the first step.
         clock: Gives seconds.
     """
     for _ in range(WARMUP_STEPS):
@@ -62,15 +68,35 @@ def calibrate(
         seconds_per_step=step_s,
         validation_s=validation_s,
         max_steps=steps_within(
-            60 * minutes, step_s=step_s, validation_s=validation_s, validate_every=validate_every
+            60 * minutes,
+            step_s=step_s,
+            validation_s=validation_s,
+            validate_every=validate_every,
+            own_starts_s=own_starts_s,
+            own_starts_every=own_starts_every,
         ),
+        own_starts_s=own_starts_s,
     )
 
 
-def steps_within(seconds: float, *, step_s: float, validation_s: float, validate_every: int) -> int:
-    """Give the most steps whose time, validations included, fits; at least 1."""
-    steps = int(seconds / (step_s + validation_s / validate_every))
-    while steps > 1 and steps * step_s + -(-steps // validate_every) * validation_s > seconds:
+def steps_within(
+    seconds: float,
+    *,
+    step_s: float,
+    validation_s: float,
+    validate_every: int,
+    own_starts_s: float = 0.0,
+    own_starts_every: int = 1,
+) -> int:
+    """Give the most steps whose time, with all replays, fits; at least 1."""
+
+    def duration(steps: int) -> float:
+        validations, replays = -(-steps // validate_every), -(-steps // own_starts_every)
+        return steps * step_s + validations * validation_s + replays * own_starts_s
+
+    often = validation_s / validate_every + own_starts_s / own_starts_every
+    steps = int(seconds / (step_s + often))
+    while steps > 1 and duration(steps) > seconds:
         steps -= 1
     return max(1, steps)
 

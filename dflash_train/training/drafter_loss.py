@@ -26,12 +26,18 @@ class DrafterLoss(nn.Module):
         Args:
             drafter: What is trained; not copied.
             head: The target's embedding and LM head, on the device of the run.
-            launch: Whether layers are compiled, and computed again in the backward pass.
+            launch: Whether layers are compiled, and computed again in the backward pass; whose
+                operations run.
+
+        Raises:
+            ValueError: `launch.kernels` demands Triton, which cannot run.
         """
         super().__init__()
         self.drafter = drafter
         self.head = head
         drafter.recomputes_layers = launch.activation_checkpointing
+        drafter.kernels = launch.kernels
+        drafter.ops(head.lm_head_weight)  # a demand that cannot be met is refused before any work
         if launch.compile:
             for layer in drafter.layers:
                 layer.compile(dynamic=True)  # packs have no fixed length
@@ -105,4 +111,5 @@ def whole_drafter(accelerator: Accelerator, model: nn.Module) -> Drafter:
     with torch.random.fork_rng():
         copy = Drafter(bare.config).to(own["fc.weight"].dtype)
     copy.load_state_dict(own)
+    copy.kernels = bare.kernels
     return copy.to(accelerator.device).train(bare.training)

@@ -39,7 +39,7 @@ class JsonlTracker:
             resumed_step: Steps already in the train state; 0 starts an empty file.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept = _lines_up_to(path, resumed_step) if path.exists() else []
+        kept = _lines_up_to(path, resumed_step) if resumed_step and path.exists() else []
         path.write_bytes(b"".join(kept))
         self._stream = path.open("ab")
 

@@ -38,9 +38,10 @@ from dflash_train.training.batching import (
 )
 from dflash_train.training.drafter_loss import DrafterLoss, whole_drafter
 from dflash_train.training.interruption import StopRequest
-from dflash_train.training.keeping import BEST, RunFolder
+from dflash_train.training.keeping import BEST, STATE_FOLDER, RunFolder
 from dflash_train.training.losses import LossSettings, fixed_weights
 from dflash_train.training.metrics import AcceptanceCounts, TrainingCounts
+from dflash_train.training.on_policy import OnPolicyBlocks
 from dflash_train.training.online import open_batches
 from dflash_train.training.optim import build_optimizer, build_schedule, current_lr
 from dflash_train.training.plan import peak_flops_of_run, run_flops_per_block
@@ -128,13 +129,24 @@ class Trainer:
         self._prepare(drafter.train())
         decay = config.training.ema_decay
         self.averaged = None if decay is None else AveragedDrafter(self.drafter, decay)
+        blocks = self._block_settings()
         self.source = open_batches(
             train,
-            self._block_settings(),
+            blocks,
             config=config,
             num_ranks=accelerator.num_processes,
             device=accelerator.device,
         )
+        self.on_policy: OnPolicyBlocks | None = None
+        if config.training.on_policy_every is not None:
+            self.on_policy = OnPolicyBlocks(
+                train,
+                self.source,
+                settings=config.training,
+                folder=run_dir / STATE_FOLDER,
+                accelerator=accelerator,
+            )
+            blocks.own_starts = self.on_policy.own_starts
         self.timers = StepTimers(accelerator.device)
         self.loading = TARGET if config.data.features is FeaturesFrom.online else DATA
         self.loss_settings = LossSettings(
@@ -181,6 +193,8 @@ class Trainer:
     def fit(self) -> TrainState:
         """Train to the last step, from the newest train state if there is one.
 
+        With `training.patience` the last step is also that of the last validation that it allows.
+
         Raises:
             KeyboardInterrupt: SIGINT or SIGTERM came; the train state is saved.
         """
@@ -193,18 +207,31 @@ class Trainer:
             self._profile() as profile,
         ):
             stream = self.source.stream(epoch=self.state.epoch, position=self.state.position)
-            while self.state.step < last_step:
+            if self.state.step == 0 and settings.patience is not None:
+                self._validate_and_keep_best(trackers, progress)
+            while not self._has_ended():
                 profile.step(self.state.step + 1)
                 self._advance(stream, trackers, progress)
-                is_last = self.state.step == last_step
-                if is_last or self.state.step % settings.validate_every == 0:
+                if self.state.step == last_step or self.state.step % settings.validate_every == 0:
                     self._validate_and_keep_best(trackers, progress)
+                is_last = self._has_ended()
                 must_stop = self._is_any(stop.is_made)
                 if is_last or must_stop or self.state.step % settings.save_every == 0:
                     self.run_folder.save_state(self.state, averaged=self.averaged)
                 if must_stop and not is_last:
                     raise KeyboardInterrupt(f"train state saved at step {self.state.step}")
         return self.state
+
+    def _has_ended(self) -> bool:
+        """Tell whether the last step is done, or `training.patience` is at its end.
+
+        It follows from the train state alone, so a run that has stopped stays so.
+        """
+        settings, state = self.config.training, self.state
+        every, patience = settings.validate_every, settings.patience
+        since_best = state.step // every - state.best_step // every
+        is_out = patience is not None and since_best >= patience
+        return is_out or state.step >= self.max_steps
 
     def next_window(self, stream: Iterator[Pack]) -> list[Pack]:
         """Take the packs of the next optimiser step, those of all ranks."""
@@ -252,6 +279,12 @@ class Trainer:
         """Replay the validation rows, shared among ranks."""
         return self._validate(self.deployable)
 
+    def seconds_of_own_starts(self) -> float:
+        """Estimate one replay as `training.on_policy_every` asks for it; 0 without."""
+        if self.on_policy is None:
+            return 0.0
+        return self.on_policy.seconds_of_replay(self.state, self.deployable, self.head)
+
     def finish(self, manifest: Manifest) -> Manifest:
         """Write `checkpoint/last`, complete the manifest and write it last."""
         self.run_folder.finish(manifest, self.deployable, state=self.state)
@@ -272,6 +305,8 @@ class Trainer:
         """Run one step, move the state forward and log when it is time."""
         settings, state = self.config.training, self.state
         started = time.perf_counter()
+        if self.on_policy is not None:
+            self.on_policy.update(state, drafter=lambda: self.deployable, head=self.head)
         with self.timers.step():
             window = self.next_window(stream)
             result = self.train_step(window)
@@ -340,6 +375,7 @@ class Trainer:
             first_slot=shape.first_slot,
             draft_token_ids=None if ids is None else ids.cpu(),
             use_teacher=config.loss.needs_teacher or (shape.has_confidence_head and has_teacher),
+            own_share=config.training.on_policy_share,
         )
 
     def _no_counts(self) -> TrainingCounts:

@@ -108,6 +108,11 @@ class BlockDrafter:
     def _extend_contexts(self, requests: list[RequestState]) -> list[ContextKV]:
         """Project the pending features into the caches; give all contexts, end to end, by layer."""
         pending = [each.take_features() for each in requests]
+        if len(requests) == 1:
+            cache = requests[0].drafter_cache
+            self.drafter.extend_context(pending[0].to(self.dtype), cache)
+            assert cache.length == requests[0].start
+            return cache.layers
         lengths = [len(rows) for rows in pending]
         positions = torch.cat(
             [
@@ -127,8 +132,6 @@ class BlockDrafter:
             request.drafter_cache.append([layer[index] for layer in parts])
             assert request.drafter_cache.length == request.start
         caches = [each.drafter_cache.layers for each in requests]
-        if len(caches) == 1:
-            return caches[0]
         return [
             ContextKV(torch.cat([kv.k for kv in layer]), torch.cat([kv.v for kv in layer]))
             for layer in zip(*caches, strict=True)

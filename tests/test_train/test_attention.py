@@ -4,7 +4,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dflash_train.drafter import block_attention as module
-from dflash_train.drafter.attention import Blocks, ContextKV, block_attention
+from dflash_train.drafter.block_attention import Blocks, ContextKV, block_attention
 from dflash_train.drafter.config import Visibility
 from dflash_train.testing import assert_close
 from dflash_train.training.blocks import visibility_mask
