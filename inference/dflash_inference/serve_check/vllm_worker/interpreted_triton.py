@@ -17,18 +17,15 @@ _REFUSAL = "Kernels are interpreted here, never compiled."
 def register() -> None:
     """Switch the interpreter on and enter the backend; before vLLM is imported."""
     os.environ |= {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
-    from triton.backends import Backend, backends  # pyright: ignore[reportMissingImports]
-    from triton.backends.compiler import (  # pyright: ignore[reportMissingImports]
-        BaseBackend,
-        GPUTarget,
-    )
-    from triton.backends.driver import DriverBase  # pyright: ignore[reportMissingImports]
+    from triton.backends import Backend, backends
+    from triton.backends.compiler import BaseBackend, GPUTarget
+    from triton.backends.driver import DriverBase
 
     class InterpretedDriver(DriverBase):
         """The CPU, always there."""
 
         @classmethod
-        def is_active(cls) -> bool:
+        def is_active(cls) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride] wrongly declared as None
             return True
 
         def get_current_target(self) -> Any:
