@@ -8,7 +8,6 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -17,9 +16,7 @@ from dflash_inference.statistics import (
     Interval,
     RequestSums,
     acceptance_length,
-    bootstrap_ratios,
-    percentile_interval,
-    pooled_mean,
+    relative_difference,
 )
 from dflash_inference.trace import DecodeTrace, read_traces, write_traces
 from dflash_train.config import EvaluateConfig, RecipeConfig
@@ -109,27 +106,14 @@ def compare(
         trace.id for trace in sorted(others, key=_id)
     ]
     own = acceptance_length(sums, resamples=config.resamples, seed=config.seed)
+    relative = relative_difference(sums, base, resamples=config.resamples, seed=config.seed)
     return Comparison(
         pooled=own.pooled,
         interval=own.interval,
         num_requests=own.num_requests,
-        relative=pooled_mean(sums) / pooled_mean(base) - 1,
-        relative_interval=_relative_interval(sums, base, config),
+        relative=relative.value,
+        relative_interval=relative.interval,
     )
-
-
-def _relative_interval(sums: RequestSums, base: RequestSums, config: EvaluateConfig) -> Interval:
-    """Bootstrap the ratio of two pooled lengths by conversation, less 1."""
-    assert sums.conversations == base.conversations
-    units, unit_of = np.unique(sums.conversations, return_inverse=True)
-    numerators, denominators = (np.zeros((len(units), 2)) for _ in range(2))
-    for column, each in enumerate((sums, base)):
-        np.add.at(numerators[:, column], unit_of, each.weights * each.tokens)
-        np.add.at(denominators[:, column], unit_of, each.weights * each.steps)
-    ratios = bootstrap_ratios(
-        numerators, denominators, resamples=config.resamples, seed=config.seed
-    )
-    return percentile_interval(ratios[:, 0] / ratios[:, 1] - 1)
 
 
 def _id(trace: DecodeTrace) -> str:

@@ -2,8 +2,9 @@
 
 Progress goes to stderr; the output folder is the last line of stdout, `doctor` and `compare` print
 their findings there. Exit codes: 0 done, 1 a check failed or `compare first_difference=true` found
-one, 2 the user can fix it, 3 the report did not pass `fail_under=` or `baseline=`, 130 interrupted
-with the work so far kept.
+one, 2 the user can fix it, 3 the report did not pass `fail_under=` or `baseline=`, or the candidate
+not `tune fail_if_kept=true`, or served acceptance fell under `drift fail_if_fallen=true`, 130
+interrupted with the work so far kept.
 """
 
 import argparse
@@ -19,18 +20,22 @@ from dflash_train.config import (
     RecipeConfig,
     UnavailableError,
     compose,
+    read_flag,
     require,
     take_keys,
     to_plain,
 )
 from dflash_train.release.finding import Status
 from dflash_train.release.inspection import print_view, read_choice
-from dflash_train.stages import judgement, pushing, serve_check, serving, tools
+from dflash_train.release.registry import Registry
+from dflash_train.stages import drift, judgement, pushing, serve_check, serving, tools
 from dflash_train.stages.estimates import ESTIMATES
 from dflash_train.stages.examination import Scope, examine_checkpoint
 from dflash_train.stages.exporting import export_checkpoint
 from dflash_train.stages.publication import export_dataset
 from dflash_train.stages.table import stage_named
+from dflash_train.stages.tune.foresight import foresee
+from dflash_train.stages.tune.walk import tune
 from dflash_train.stages.walk import run, run_stage
 from dflash_train.stages.workshop import Workshop
 
@@ -42,6 +47,9 @@ VERBS = {
     "train": "features -> drafter",
     "evaluate": "drafter + held-out answers -> traces",
     "report": "traces -> report.json, report.md, report.html; [fail_under=2.0] [baseline=FILE]",
+    "tune": "serving drafter + new log -> its successor if it is better: data.logs=LOGS [init=DIR]",
+    "rollback": "give a registry's previous drafter its place back: registry=DIR",
+    "drift": "did served acceptance fall, why, does tuning pay: data.logs=LOGS [json=true]",
     "compare": "two runs, reports or trace files: A B [first_difference=true] [json=true]",
     "generate": "chat in this terminal, accepted tokens coloured: checkpoint=DIR [prompt=TEXT]",
     "serve": "OpenAI endpoint to try a drafter and record traffic: checkpoint=DIR [serve.log=FILE]",
@@ -63,6 +71,8 @@ def main(arguments: list[str] | None = None) -> int:
         return exit_code("dflash-train sample-traffic", lambda: _play_fleet(parsed.overrides))
     if parsed.verb == "compare":
         return exit_code("dflash-train compare", lambda: judgement.compare(parsed.overrides))
+    if parsed.verb == "rollback":
+        return exit_code("dflash-train rollback", lambda: _roll_back(parsed))
     return exit_code(f"dflash-train {parsed.verb}", lambda: _run_verb(parsed))
 
 
@@ -104,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="ingest, regenerate, collect, train, push: print what it would take; stop",
+        help="ingest, regenerate, collect, train, tune, rollback, push: print what it would take",
     )
     return parser
 
@@ -242,6 +252,48 @@ def _serve_check(parsed: argparse.Namespace) -> int:
     return 0 if _only_shows(parsed, config) else serve_check.serve_check(config, choice)
 
 
+def _tune(parsed: argparse.Namespace) -> int:
+    """Tune the serving drafter; how the command ends for a kept one is no part of the recipe."""
+    chosen, overrides = take_keys(parsed.overrides, ("fail_if_kept",))
+    must_promote = read_flag("fail_if_kept", chosen.get("fail_if_kept", "false"))
+    config = compose(overrides, parsed.recipes)
+    if parsed.dry_run:
+        print("\n".join(foresee(config)))
+        return 0
+    if _only_shows(parsed, config):
+        return 0
+    outcome = tune(config, force=parsed.force)
+    print("\n".join([*outcome.lines(), outcome.as_json(), str(outcome.folder)]))
+    return judgement.GATE_FAILED if must_promote and not outcome.is_promoted else 0
+
+
+def _drift(parsed: argparse.Namespace) -> int:
+    """Watch served acceptance; how it is shown is no part of the recipe."""
+    choice, overrides = drift.read_choice(parsed.overrides)
+    config = compose(overrides, parsed.recipes)
+    return 0 if _only_shows(parsed, config) else drift.watch_drift(config, choice)
+
+
+def _roll_back(parsed: argparse.Namespace) -> int:
+    """Give the previous drafter of a registry its place back; a registry is all it needs."""
+    chosen, unknown = take_keys(parsed.overrides, ("registry",))
+    require(
+        not unknown,
+        f"{', '.join(map(repr, unknown))} is not understood. Known keys: registry.",
+    )
+    place = chosen.get("registry", "")
+    registry = Registry(Path(place))
+    require(
+        bool(place) and registry.roles.current is not None,
+        f"registry (={place}) is no registry of drafters. Give registry=DIR, the tune.registry of "
+        "the recipe.",
+    )
+    if not parsed.dry_run:
+        registry.roll_back()
+    print("\n".join([*registry.lines(), str(registry.folder / "current")]))
+    return 0
+
+
 def _play_fleet(overrides: list[str]) -> int:
     settings = {"out": "", "seed": "0", "requests": "600"}
     chosen, unknown = take_keys(overrides, settings)
@@ -273,6 +325,8 @@ _WITH_OWN_KEYS: dict[str, Callable[[argparse.Namespace], int]] = {
     "export-dataset": _export_dataset,
     "generate": _generate,
     "serve-check": _serve_check,
+    "tune": _tune,
+    "drift": _drift,
 }
 """Verbs with keys that are no part of the recipe."""
 

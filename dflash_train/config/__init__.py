@@ -15,7 +15,9 @@ from dflash_train.config.data import (
     VllmSettings,
     parse_moment,
 )
+from dflash_train.config.drift import DriftConfig, PromptKind
 from dflash_train.config.learning import (
+    KernelChoice,
     LaunchConfig,
     LossConfig,
     OptimConfig,
@@ -50,6 +52,7 @@ from dflash_train.config.recipe import (
     to_plain,
 )
 from dflash_train.config.serving import ServeConfig
+from dflash_train.config.tuning import TuneConfig
 
 __all__ = [
     "Attention",
@@ -58,6 +61,7 @@ __all__ = [
     "DrafterInit",
     "DrafterSettings",
     "DrafterVariant",
+    "DriftConfig",
     "Dtype",
     "EndpointApi",
     "EndpointsConfig",
@@ -66,6 +70,7 @@ __all__ = [
     "ExecutorKind",
     "FeaturesDtype",
     "FeaturesFrom",
+    "KernelChoice",
     "LaunchConfig",
     "LossConfig",
     "OnlineSettings",
@@ -73,6 +78,7 @@ __all__ = [
     "OptimizerName",
     "PlanConfig",
     "Precision",
+    "PromptKind",
     "RecipeConfig",
     "Regenerate",
     "SampleTrafficConfig",
@@ -83,6 +89,7 @@ __all__ = [
     "TargetConfig",
     "TrackingConfig",
     "TrainingConfig",
+    "TuneConfig",
     "UnavailableError",
     "VllmSettings",
     "WandbMode",

@@ -18,11 +18,13 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dflash_train.config.checks import require
-from dflash_train.config.data import DataConfig
+from dflash_train.config.data import DataConfig, FeaturesFrom
+from dflash_train.config.drift import DriftConfig
 from dflash_train.config.learning import LaunchConfig, LossConfig, OptimConfig, TrainingConfig
 from dflash_train.config.models import DrafterSettings, TargetConfig
 from dflash_train.config.plan import PlanConfig
 from dflash_train.config.serving import ServeConfig
+from dflash_train.config.tuning import TuneConfig
 
 
 class WandbMode(Enum):
@@ -178,6 +180,8 @@ class RecipeConfig:
     executor: ExecutorConfig = field(default_factory=ExecutorConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     serve: ServeConfig = field(default_factory=ServeConfig)
+    tune: TuneConfig = field(default_factory=TuneConfig)
+    drift: DriftConfig = field(default_factory=DriftConfig)
 
     def __post_init__(self) -> None:
         soft, top_k = self.loss.soft_names, self.data.teacher_top_k
@@ -192,6 +196,13 @@ class RecipeConfig:
             f"training.head_sample (={self.training.head_sample}) samples the whole vocabulary, "
             f"which drafter.draft_vocab_size (={self.drafter.draft_vocab_size}) reduces. Set "
             "training.head_sample to 0.",
+        )
+
+        every = self.training.on_policy_every
+        require(
+            every is None or self.data.features is FeaturesFrom.stored,
+            f"training.on_policy_every (={every}) replays stored features, and data.features is "
+            f"{self.data.features.name}. Set data.features to stored, or it to null.",
         )
 
     @property

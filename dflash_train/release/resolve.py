@@ -46,7 +46,8 @@ def resolve_checkpoint(
             f"{key}_revision (={revision}) goes with a Hub id, and {key} (={reference}) is a "
             "folder. Leave it out.",
         )
-        return folder
+        # A registry's `current` may mean another drafter while its files are read: follow it once.
+        return folder.resolve() if folder.is_symlink() else folder
     require(
         is_hub_id(reference) and not folder.parent.is_dir(),
         f"{key} (={reference}) is not a folder. Give one with config.json in it, or "

@@ -75,6 +75,17 @@ def estimate_training(config: RecipeConfig) -> Iterator[str]:
     Raises:
         ValueError: The target is out of reach and its shape unknown, or `plan.gpu` is not known.
     """
+    yield from plan_training(config).lines()
+    if Manifest.read(config.run_dir / "features" / "train") is None:
+        yield f"next: {config.run_dir / 'features'} is not there: `dflash-train run` makes it"
+
+
+def plan_training(config: RecipeConfig) -> plan.Plan:
+    """Plan `train` on the hardware of `plan`.
+
+    Raises:
+        ValueError: The target is out of reach and its shape unknown, or `plan.gpu` is not known.
+    """
     workshop = Workshop(config)
     drafter = workshop.planned_drafter_config
     folder = config.run_dir / "features" / "train"
@@ -91,7 +102,7 @@ def estimate_training(config: RecipeConfig) -> Iterator[str]:
         device = plan.measure_machine(drafter, loads.mean, config.launch)
     else:
         device = plan.device_named(gpu, is_bf16=plan.is_bf16(config))
-    made = plan.make_plan(
+    return plan.make_plan(
         config,
         drafter,
         target=facts,
@@ -99,9 +110,6 @@ def estimate_training(config: RecipeConfig) -> Iterator[str]:
         device=device,
         is_cpu=gpu is None,
     )
-    yield from made.lines()
-    if not has_rows:
-        yield f"next: {config.run_dir / 'features'} is not there: `dflash-train run` makes it"
 
 
 def _count_label_ids(folder: Path, config: RecipeConfig, *, vocab_size: int) -> int | None:

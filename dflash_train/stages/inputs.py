@@ -6,6 +6,7 @@ from dflash_train.config import CollectEngine, FeaturesFrom, require
 from dflash_train.drafter.checkpoint import drafter_hash, weights_hash
 from dflash_train.features.target_weights import locate_target
 from dflash_train.records.manifest import file_hash
+from dflash_train.stages.earlier_runs import earlier_inputs
 from dflash_train.stages.workshop import Workshop
 
 
@@ -73,6 +74,15 @@ def reading_inputs(workshop: Workshop) -> dict[str, str]:
     if workshop.config.data.features is not FeaturesFrom.stored:
         inputs["features"] = workshop.config.data.features.value
     return inputs
+
+
+def training_inputs(workshop: Workshop) -> dict[str, str]:
+    """Hash what training reads beside the run's own features: a start, rows of earlier runs.
+
+    Raises:
+        ValueError: There is no such drafter, or a run does not fit.
+    """
+    return initial_weights_input(workshop) | earlier_inputs(workshop)
 
 
 def initial_weights_input(workshop: Workshop) -> dict[str, str]:

@@ -15,6 +15,7 @@ from dflash_train.features.online_rows import AnswerReader, OnlineRows, Reading,
 from dflash_train.features.row_source import RowSource
 from dflash_train.features.store import FeatureStore
 from dflash_train.features.target import Target
+from dflash_train.stages.earlier_runs import with_replayed_rows
 from dflash_train.stages.workshop import Workshop
 
 OpenRows = Callable[[str], RowSource]
@@ -34,7 +35,7 @@ def training_rows(workshop: Workshop) -> Iterator[OpenRows]:
     accelerator = workshop.accelerator
     verify = accelerator.is_main_process
     if workshop.config.data.features is FeaturesFrom.stored:
-        yield lambda split: _store(workshop, split, verify=verify)
+        yield lambda split: _stored_rows(workshop, split, verify=verify)
         return
     with ExitStack() as stack:
         if workshop.config.data.collect_engine is CollectEngine.vllm:
@@ -70,6 +71,12 @@ def open_rows(workshop: Workshop, split: str) -> RowSource:
         reading=_reading(workshop),
         kept_bytes=workshop.config.data.online.kept_bytes,
     )
+
+
+def _stored_rows(workshop: Workshop, split: str, *, verify: bool) -> RowSource:
+    """Open a split for training, which may replay rows of earlier runs."""
+    own = _store(workshop, split, verify=verify)
+    return with_replayed_rows(workshop, own, verify=verify) if split == _TRAIN else own
 
 
 def _store(workshop: Workshop, split: str, *, verify: bool) -> FeatureStore:

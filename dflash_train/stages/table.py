@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from dflash_train.config import RecipeConfig
 from dflash_train.records.manifest import Manifest
 from dflash_train.stages import inputs, work
+from dflash_train.stages.tune import judging
+from dflash_train.stages.tune.start import TUNING_FOLDER
 from dflash_train.stages.workshop import SAMPLE_FOLDER, Workshop
 
 
@@ -98,7 +100,7 @@ STAGES = (
         upstream=("collect",),
         execute=work.train,
         target_from="collect",
-        more_inputs=inputs.initial_weights_input,
+        more_inputs=inputs.training_inputs,
         leavings=("state", "metrics.jsonl", "stream"),
         is_distributed=True,
     ),
@@ -124,7 +126,19 @@ STAGES = (
         more_inputs=inputs.report_inputs,
     ),
 )  # fmt: skip
-_BY_NAME = {stage.name: stage for stage in (SAMPLE_TRAFFIC, *STAGES)}
+TUNE = Stage(
+    name="tune",
+    folder=TUNING_FOLDER,
+    settings=(
+        *_TARGET, "tune.min_requests", "tune.tenant_margin", "evaluate.resamples", "evaluate.seed",
+    ),
+    upstream=("ingest", "collect", "train"),
+    execute=judging.judge_candidate,
+    target_from="collect",
+    more_inputs=judging.judging_inputs,
+)  # fmt: skip
+"""Judges what the stages before have trained; only the verb `tune` walks here."""
+_BY_NAME = {stage.name: stage for stage in (SAMPLE_TRAFFIC, *STAGES, TUNE)}
 
 
 def stage_named(name: str) -> Stage:

@@ -22,7 +22,10 @@ from dflash_train.stages.workshop import Workshop
 KEY_NAME = "stage.key"
 _WATCHING = {"training": ("profile_steps",), "launch": ("kernels",)}
 """By group: settings that change nothing of a stage's result, the device's rounding apart."""
-_UNSET = {"training": {"patience": None}}
+_UNSET: dict[str, dict[str, Any]] = {
+    "training": {"patience": None, "on_policy_every": None, "on_policy_share": 1.0},
+    "loss": {"first_wrong": 1.0},
+}
 """By group: settings without effect at this value; runs from before they existed stay complete."""
 
 

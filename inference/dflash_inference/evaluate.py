@@ -102,6 +102,21 @@ def replay_each_row(
         yield _stored_trace(row, steps, split=split, block_size=drafter.config.block_size)
 
 
+def trace_replay(
+    path: Path, split: str, rows: RowSource, *, drafter: Drafter, head: FrozenHead
+) -> None:
+    """Replay every answer of a split into a file of traces, unless it is there already.
+
+    The file is written whole; the caller sees to it that one of an earlier start is of the same
+    drafter and rows.
+    """
+
+    def by_replay(each: Iterable[FeatureRow]) -> Iterator[DecodeTrace]:
+        return replay_each_row(drafter, head, each, split=split)
+
+    _trace_rows(path, _each(rows), by_replay, num_rows=len(rows))
+
+
 def lookup_row(row: FeatureRow, *, split: str, block_size: int) -> DecodeTrace:
     """Decode one stored answer by prompt lookup, with at most `block_size - 1` drafts a step.
 
@@ -156,13 +171,17 @@ def _trace_split(
         block_size = drafter.config.num_drafts + 1
         return (lookup_row(row, split=split, block_size=block_size) for row in rows)
 
-    rows = (store[position] for position in range(len(store)))
-    _trace_rows(folder / f"replay-{split}.jsonl", rows, by_replay, num_rows=len(store))
-    rows = (store[position] for position in range(len(store)))
-    _trace_rows(folder / f"lookup-{split}.jsonl", rows, by_lookup, num_rows=len(store))
+    trace_replay(folder / f"replay-{split}.jsonl", split, store, drafter=drafter, head=head)
+    path = folder / f"lookup-{split}.jsonl"
+    _trace_rows(path, _each(store), by_lookup, num_rows=len(store))
     if split == TRAFFIC_SPLIT:
         path = folder / f"foreign-{split}.jsonl"
         _trace_rows(path, foreign_rows(store), by_replay, num_rows=len(store))
+
+
+def _each(store: RowSource) -> Iterator[FeatureRow]:
+    """Give every row when it is asked for."""
+    return (store[position] for position in range(len(store)))
 
 
 def _trace_rows(

@@ -75,7 +75,8 @@ class AcceptanceLength:
 
 @dataclass(kw_only=True)
 class Difference:
-    """Pooled acceptance length of one way of drafting minus another's, on the same requests."""
+    """How one way of drafting differs from another in pooled acceptance length, on the same
+    requests: one minus the other, or, where it is said to be relative, their ratio less 1."""
 
     value: float
     interval: Interval
@@ -180,17 +181,22 @@ def paired_difference(
     first: RequestSums, second: RequestSums, *, resamples: int, seed: int
 ) -> Difference:
     """Give pooled(first) - pooled(second) of the same requests in the same order."""
-    assert first.conversations == second.conversations
-    numerators = _by_conversation(
-        first, [first.weights * first.tokens, second.weights * second.tokens]
-    )
-    denominators = _by_conversation(
-        first, [first.weights * first.steps, second.weights * second.steps]
-    )
-    ratios = bootstrap_ratios(numerators, denominators, resamples=resamples, seed=seed)
+    lengths = _paired_lengths(first, second, resamples=resamples, seed=seed)
     return Difference(
         value=pooled_mean(first) - pooled_mean(second),
-        interval=percentile_interval(ratios[:, 0] - ratios[:, 1]),
+        interval=percentile_interval(lengths[:, 0] - lengths[:, 1]),
+        num_requests=first.num_requests,
+    )
+
+
+def relative_difference(
+    first: RequestSums, second: RequestSums, *, resamples: int, seed: int
+) -> Difference:
+    """Give pooled(first) / pooled(second) - 1 of the same requests in the same order."""
+    lengths = _paired_lengths(first, second, resamples=resamples, seed=seed)
+    return Difference(
+        value=pooled_mean(first) / pooled_mean(second) - 1,
+        interval=percentile_interval(lengths[:, 0] / lengths[:, 1] - 1),
         num_requests=first.num_requests,
     )
 
@@ -258,6 +264,20 @@ def by_group(traces: list[DecodeTrace]) -> dict[str, list[DecodeTrace]]:
     for trace in traces:
         groups.setdefault(trace.group, []).append(trace)
     return dict(sorted(groups.items(), key=lambda item: (-len(item[1]), item[0])))
+
+
+def _paired_lengths(
+    first: RequestSums, second: RequestSums, *, resamples: int, seed: int
+) -> Floats:
+    """Give both pooled lengths on the same resamples of conversations, `[resamples, 2]`."""
+    assert first.conversations == second.conversations
+    numerators = _by_conversation(
+        first, [first.weights * first.tokens, second.weights * second.tokens]
+    )
+    denominators = _by_conversation(
+        first, [first.weights * first.steps, second.weights * second.steps]
+    )
+    return bootstrap_ratios(numerators, denominators, resamples=resamples, seed=seed)
 
 
 def _by_conversation(sums: RequestSums, columns: list[Floats]) -> Floats:

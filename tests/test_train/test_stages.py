@@ -2,7 +2,7 @@ from pathlib import Path
 
 from dflash_train.config import compose, to_plain
 from dflash_train.stages.inputs import log_inputs
-from dflash_train.stages.table import SAMPLE_TRAFFIC, STAGES
+from dflash_train.stages.table import SAMPLE_TRAFFIC, STAGES, TUNE
 from dflash_train.stages.workshop import Workshop
 
 
@@ -29,7 +29,7 @@ def test_every_key_of_a_recipe_belongs_to_a_stage_or_is_known_to_change_no_resul
     harmless = {
         "name", "runs_dir",  # where a run lies
         "checkpoint", "checkpoint_revision",  # its weights are an input of evaluate, by hash
-        "init",  # its weights are an input of train, by hash
+        "init", "init_revision",  # its weights are an input of train, by hash
         "tracking",  # where curves go
         "data.logs", "data.hmac_key_file",  # inputs of ingest, by content
         "executor",  # where ingest runs
@@ -42,8 +42,12 @@ def test_every_key_of_a_recipe_belongs_to_a_stage_or_is_known_to_change_no_resul
         "target.shapes",  # what a plan takes where the target is out of reach
         "plan.gpu", "plan.num_gpus", "plan.sharding", "plan.row_tokens",  # what a plan is for
         "data.features", "data.online",  # inputs of collect, and by it of train
+        "drift",  # how served acceptance is watched; no stage reads it
+        "tune.registry",  # its drafters are inputs, by hash
+        "tune.replay_from", "tune.replay_share",  # inputs of train, by content
+        "tune.lr_factor", "tune.patience",  # become optim.lr and training.patience
     }  # fmt: skip
-    known = harmless.union(*(stage.settings for stage in (SAMPLE_TRAFFIC, *STAGES)))
+    known = harmless.union(*(stage.settings for stage in (SAMPLE_TRAFFIC, *STAGES, TUNE)))
     recipe = to_plain(compose(["recipe=smollm2"]))
     keys = {
         f"{group}.{key}" if isinstance(value, dict) else group

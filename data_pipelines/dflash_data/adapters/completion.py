@@ -8,6 +8,7 @@ from typing import Any
 
 from dflash_data.adapters.fields import find, find_object, read_count, spellings
 from dflash_data.adapters.messages import read_message
+from dflash_data.adapters.served_acceptance import read_served_acceptance
 from dflash_data.drops import Call, Drop, DropReason, UnusableError
 from dflash_train.records.conversation import Conversation
 
@@ -56,6 +57,7 @@ def with_answer(call: Conversation, response: dict[str, Any]) -> list[Call]:
             DropReason.stream_fragment if is_fragment else DropReason.content_missing
         )
     add_answer(call, message, find(first, "finish_reason"))
+    call.served_acceptance_length = read_served_acceptance(response)
     if len(choices) == 1:
         return [call]
     return [call, *[Drop(DropReason.extra_choice)] * (len(choices) - 1)]

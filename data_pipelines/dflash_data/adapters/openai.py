@@ -29,6 +29,7 @@ from dflash_data.adapters.fields import (
 )
 from dflash_data.adapters.log_format import LogFormat, per_line
 from dflash_data.adapters.messages import num_answers, read_messages, read_sampling, read_tools
+from dflash_data.adapters.served_acceptance import read_served_acceptance
 from dflash_data.adapters.token_ids import read_token_ids
 from dflash_data.drops import Call, Drop, DropReason, UnusableError
 from dflash_train.records.conversation import Conversation, Turn
@@ -148,6 +149,7 @@ def _with_text_answer(call: Conversation, response: dict[str, Any]) -> list[Call
     call.finish_reason = read_finish_reason(find(first, "finish_reason"))
     call.messages.append(Turn(role="assistant", content=text))
     call.on_policy_reason = "other_model"
+    call.served_acceptance_length = read_served_acceptance(response)
     return [call, *[Drop(DropReason.extra_choice)] * (len(choices) - 1)]
 
 

@@ -196,6 +196,7 @@ class Call:
         if self.endpoint.log is not None:
             self.endpoint.log.write(
                 self.answer,
+                list(self.stream.ticket.state.steps),
                 revision=self.endpoint.target.revision,
                 began=self._began,
                 ended=time.time(),

@@ -1,8 +1,9 @@
 """The log of served calls, in the format `openai` of `ingest`, with exact token ids.
 
 One JSON line for each accepted request, written when it has ended, in one piece; a request that did
-not end by itself says so in `status`. The file is readable by its owner only: it holds what people
-wrote.
+not end by itself says so in `status`. How well it was drafted for stands in the response under
+vLLM's names, for `dflash-train drift`; steps without drafts are not counted, as there. The file is
+readable by its owner only: it holds what people wrote.
 """
 
 import os
@@ -12,6 +13,7 @@ from typing import Any
 import orjson
 
 from dflash_inference.endpoint.answers import Answer
+from dflash_inference.trace import StepTrace
 
 COMPLETED = ("stop", "length")
 """Finish reasons of answers that the target has ended."""
@@ -35,12 +37,20 @@ class RequestLog:
             os.write(self._file, b"\n")
 
     def write(
-        self, answer: Answer, *, revision: str, began: float, ended: float, session: str | None
+        self,
+        answer: Answer,
+        steps: list[StepTrace],
+        *,
+        revision: str,
+        began: float,
+        ended: float,
+        session: str | None,
     ) -> None:
         """Append a call.
 
         Args:
             answer: The finished answer; its ask holds the request.
+            steps: That led to it.
             revision: Which weights answered.
             began: Arrival of the request, seconds since 1970.
             ended: End of the answer, seconds since 1970.
@@ -52,7 +62,8 @@ class RequestLog:
             "ended": ended,
             "model_revision": revision,
             "request": answer.ask.logged,
-            "response": answer.whole(with_token_ids=True),
+            "response": answer.whole(with_token_ids=True)
+            | {"metrics": {"speculative_decoding": _acceptance(steps)}},
         }
         if session is not None:
             line["session_id"] = session
@@ -63,3 +74,12 @@ class RequestLog:
     def close(self) -> None:
         """Close the file; every line is there already."""
         os.close(self._file)
+
+
+def _acceptance(steps: list[StepTrace]) -> dict[str, int]:
+    drafted = [step for step in steps if step.width > 1]
+    return {
+        "num_spec_steps": len(drafted),
+        "num_draft_tokens": sum(step.width - 1 for step in drafted),
+        "num_accepted_draft_tokens": sum(step.num_accepted for step in drafted),
+    }
