@@ -7,6 +7,9 @@ BIN := $(VENV)/bin
 PINS := pyproject.toml constraints.txt
 NOT_IN_TEST := not gpu and not slow and not soak
 TEST_ENV := HF_HUB_OFFLINE=1
+WORKERS ?= 2
+# A worker per core, one thread each; tests of a file share its fixtures.
+IN_PARALLEL := --numprocesses $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test quick check soak mutants official-check formats-check drafter \
@@ -21,10 +24,11 @@ demo: $(VENV)/.stamp-demo  ## set up, then logs -> drafter -> report on a CPU in
 	$(BIN)/dflash-train run recipe=smollm2
 
 test: $(VENV)/.stamp-dev  ## set up, then every test that needs no GPU and no long run
-	$(TEST_ENV) $(BIN)/python -m pytest -m "$(NOT_IN_TEST)"
+	$(TEST_ENV) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "$(NOT_IN_TEST)" $(IN_PARALLEL)
 
 quick: $(VENV)/.stamp-dev  ## the same without the end-to-end tests, up to the first failure
-	$(TEST_ENV) $(BIN)/python -m pytest -m "$(NOT_IN_TEST)" --ignore=tests/end_to_end -x -q
+	$(TEST_ENV) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "$(NOT_IN_TEST)" $(IN_PARALLEL) \
+	  --ignore=tests/end_to_end -x -q
 
 check: $(VENV)/.stamp-dev  ## format, lint and types
 	$(BIN)/ruff format --check .
