@@ -235,8 +235,13 @@ def _is_interpreted() -> bool:
 
 
 def _told(ops: Ops, sentence: str) -> Ops:
-    """Say it on stderr, from the first process only; `_choose` asks once for each answer."""
+    _say(sentence)
+    return ops
+
+
+@functools.cache
+def _say(sentence: str) -> None:
+    """Say it on stderr, once, and from the first process only."""
     is_first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
     if is_first:
         tqdm.write(f"kernels: {sentence}", file=sys.stderr)
-    return ops

@@ -26,9 +26,11 @@ FLOAT = torch.float32
 @pytest.fixture(autouse=True)
 def _unasked() -> Iterator[None]:
     """Forget what was chosen before, so that each test hears what is said."""
-    ops._choose.cache_clear()
+    for each in (ops._choose, ops._say):
+        each.cache_clear()
     yield
-    ops._choose.cache_clear()
+    for each in (ops._choose, ops._say):
+        each.cache_clear()
 
 
 @pytest.fixture
@@ -59,8 +61,8 @@ def test_a_gpu_gets_triton_and_one_line_says_so(capfd: pytest.CaptureFixture[str
 
 @pytest.mark.usefixtures("not_interpreted")
 def test_a_cpu_gets_torch_and_one_line_says_why(capfd: pytest.CaptureFixture[str]):
-    for _ in range(3):
-        assert choose_ops(KernelChoice.auto, CPU, FLOAT) is TORCH_OPS
+    for dtype in (FLOAT, torch.bfloat16, FLOAT):
+        assert choose_ops(KernelChoice.auto, CPU, dtype) is TORCH_OPS
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith("kernels: torch: a cpu runs Triton's kernels under TRITON_INTERPRET=1")
 
