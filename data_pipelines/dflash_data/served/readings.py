@@ -5,18 +5,13 @@ since, and what came between the last reading and the stop is lost. A server's t
 requests apart, so a row is an interval, and its tenant is the engine.
 """
 
-import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-
+from dflash_data.served.intervals import Intervals
 from dflash_data.served.prometheus import Totals
-from dflash_train.records.served import SERVED_ROW, ServedRows
-
-IDLE = "idle_interval"
-"""An interval in which no drafts were verified."""
+from dflash_train.records.served import ServedRows
 
 
 @dataclass(kw_only=True)
@@ -56,10 +51,7 @@ def rows_of_readings(readings: Iterable[Reading], *, num_unreadable: int = 0) ->
         num_unreadable: Lines or pages that were none; they are counted.
     """
     last: dict[tuple[str, str], Totals] = {}
-    names: dict[str, int] = {}
-    found: list[tuple[Any, ...]] = []
-    positions: list[list[float]] = []
-    dropped = {"unparsable": num_unreadable, IDLE: 0}
+    intervals = Intervals(num_unparsable=num_unreadable)
     for reading in readings:
         for engine, totals in reading.engines.items():
             before = last.get((reading.server, engine))
@@ -69,25 +61,17 @@ def rows_of_readings(readings: Iterable[Reading], *, num_unreadable: int = 0) ->
             happened = _between(before, totals)
             steps = _steps(happened)
             if not steps > 0:
-                dropped[IDLE] += 1
+                intervals.num_idle += 1
                 continue
-            name = f"{reading.server} {engine}".strip()
-            place = names.setdefault(name, len(names))
-            tokens = steps + happened.accepted if happened.drafts > 0 else happened.tokens
-            found.append(
-                (reading.moment, tokens, steps, happened.decode_s, math.nan, -1, place, 0, 0, 0)
+            intervals.add(
+                f"{reading.server} {engine}".strip(),
+                moment=reading.moment,
+                tokens=steps + happened.accepted if happened.drafts > 0 else happened.tokens,
+                steps=steps,
+                accepted_at=happened.accepted_at,
+                decode_s=happened.decode_s,
             )
-            positions.append(happened.accepted_at)
-    width = max((len(each) for each in positions), default=0)
-    counted = np.array([each + [0.0] * (width - len(each)) for each in positions], float)
-    return ServedRows(
-        rows=np.array(found, SERVED_ROW),
-        tenants=list(names),
-        unit="intervals",
-        accepted_at=counted if width else None,
-        read=len(found) + sum(dropped.values()),
-        dropped=dropped,
-    )
+    return intervals.rows()
 
 
 def _between(before: Totals, now: Totals) -> Totals:

@@ -10,17 +10,14 @@ positions; where a server changes its depth they follow from the rounded mean.
 import math
 import re
 from collections.abc import Iterable
-from typing import Any
-
-import numpy as np
 
 from dflash_data.adapters.fields import utc_timestamp
 from dflash_data.adapters.log_format import Line
 from dflash_data.adapters.vllm_log import FULL_TIME
 from dflash_data.drops import Drop
-from dflash_data.served.readings import IDLE
+from dflash_data.served.intervals import Intervals
 from dflash_train.config import parse_moment
-from dflash_train.records.served import SERVED_ROW, ServedRows
+from dflash_train.records.served import ServedRows
 
 SPEC_DECODING = b"SpecDecoding metrics: "
 FIELDS = re.compile(
@@ -35,43 +32,32 @@ ROUNDING = 0.0051
 
 def rows_of_server_log(lines: Iterable[Line | Drop]) -> ServedRows:
     """Give the intervals that the lines of a vLLM log tell; other lines are passed over."""
-    found: list[tuple[Any, ...]] = []
-    positions: list[list[float]] = []
-    names: dict[str, int] = {}
-    dropped = {"unparsable": 0, IDLE: 0}
+    intervals = Intervals()
     for line in lines:
         if isinstance(line, Drop):
-            dropped["unparsable"] += 1
+            intervals.num_unparsable += 1
             continue
         start = line.text.find(SPEC_DECODING)
         if start < 0:
             continue
         told = FIELDS.search(line.text, start)
         if told is None:
-            dropped["unparsable"] += 1
+            intervals.num_unparsable += 1
             continue
         rates = [float(rate) for rate in told["rates"].split(b",")]
         steps = _steps(told, len(rates))
         if steps <= 0:
-            dropped[IDLE] += 1
+            intervals.num_idle += 1
             continue
         engine = ENGINE.search(line.text)
-        name = f"engine {int(engine[1])}" if engine else "engine"
-        place = names.setdefault(name, len(names))
-        tokens = steps + int(told["accepted"])
-        moment = _moment(line.text, start)
-        found.append((moment, tokens, steps, math.nan, math.nan, -1, place, 0, 0, 0))
-        positions.append([rate * steps for rate in rates])
-    width = max((len(each) for each in positions), default=0)
-    counted = np.array([each + [0.0] * (width - len(each)) for each in positions], float)
-    return ServedRows(
-        rows=np.array(found, SERVED_ROW),
-        tenants=list(names),
-        unit="intervals",
-        accepted_at=counted if width else None,
-        read=len(found) + sum(dropped.values()),
-        dropped=dropped,
-    )
+        intervals.add(
+            f"engine {int(engine[1])}" if engine else "engine",
+            moment=_moment(line.text, start),
+            tokens=steps + int(told["accepted"]),
+            steps=steps,
+            accepted_at=[rate * steps for rate in rates],
+        )
+    return intervals.rows()
 
 
 def _steps(told: re.Match[bytes], num_positions: int) -> float:
