@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from dflash_train.config import DrafterSettings, RecipeConfig
-from dflash_train.drafter.config import DrafterConfig
+from dflash_train.drafter.config import DrafterConfig, Visibility
 from dflash_train.drafter.model import Drafter
 from dflash_train.features.target import Target
 from dflash_train.records.conversation import Conversation, Turn, write_shard
@@ -94,6 +94,17 @@ FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
 
 SLIDING_LAYERS = ["sliding_attention", "sliding_attention"]
 SLIDING, FULL = "sliding_attention", "full_attention"
+VISIBILITIES = {
+    "full": Visibility(),
+    "causal": Visibility(is_causal=True),
+    "sliding causal": Visibility(window=9, is_causal=True),
+    "sliding": Visibility(window=9),
+    "W < K, causal": Visibility(window=3, is_causal=True),
+    "W < K": Visibility(window=3),
+    "W = 1": Visibility(window=1),
+    "W > T": Visibility(window=999),
+}
+"""Who sees whom: each layer type, and windows narrower than a block and wider than a document."""
 DECODED_VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "sliding": {"layer_types": [SLIDING, FULL], "sliding_window": 6},

@@ -23,22 +23,12 @@ from dflash_kernels.block_tiles import BlockLayout, Packing, query_tiles
 from dflash_train.drafter import block_attention as twin
 from dflash_train.drafter.block_attention import Blocks, ContextKV
 from dflash_train.drafter.config import Visibility
-from dflash_train.testing import LIMITS, assert_close
+from dflash_train.testing import LIMITS, VISIBILITIES, assert_close
 from dflash_train.training.blocks import visibility_mask
 
 pytestmark = pytest.mark.usefixtures("_poisoned_memory")
 
 NAMES = ("q", "context_k", "context_v", "block_k", "block_v")
-VISIBILITIES = {
-    "full": Visibility(),
-    "causal": Visibility(is_causal=True),
-    "sliding causal": Visibility(window=9, is_causal=True),
-    "sliding": Visibility(window=9),
-    "W < K, causal": Visibility(window=3, is_causal=True),
-    "W < K": Visibility(window=3),
-    "W = 1": Visibility(window=1),
-    "W > T": Visibility(window=999),
-}
 
 
 def tiles(rows: int, keys: int) -> Configs:

@@ -6,21 +6,10 @@ from torch.nn import functional
 from dflash_train.drafter import block_attention as module
 from dflash_train.drafter.block_attention import Blocks, ContextKV, block_attention
 from dflash_train.drafter.config import Visibility
-from dflash_train.testing import assert_close
+from dflash_train.testing import VISIBILITIES, assert_close
 from dflash_train.training.blocks import visibility_mask
 
 Inputs = dict[str, Tensor]
-
-VISIBILITIES = {
-    "full": Visibility(),
-    "causal": Visibility(is_causal=True),
-    "sliding causal": Visibility(window=9, is_causal=True),
-    "sliding": Visibility(window=9),
-    "W < K, causal": Visibility(window=3, is_causal=True),
-    "W < K": Visibility(window=3),
-    "W = 1": Visibility(window=1),
-    "W > T": Visibility(window=999),
-}
 
 
 def packed_blocks(*, narrow: bool) -> Blocks:
