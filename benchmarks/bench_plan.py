@@ -180,7 +180,7 @@ def measure(name: str, *, verbose: bool) -> Found:
         seconds, peak = _run_steps(trainer)
         held = sum(size for address, size in storages().items() if address not in other)
         growth = live_growth(lambda: _take_steps(trainer, COUNTED_STEPS))
-        labels = None if trainer.is_label is None else int(trainer.is_label.sum())
+        labels = None if (is_label := trainer.head_rows.is_label) is None else int(is_label.sum())
         loads = loads_of_features(train.lines, config, shape)
         plan = _plan(config, shape, loads=loads, labels=labels)
     if verbose:

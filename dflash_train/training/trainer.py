@@ -59,7 +59,7 @@ from dflash_train.training.step_timers import (
 )
 from dflash_train.training.tracking import Trackers, open_trackers
 from dflash_train.training.validation import replay_validation_rows, validation_values
-from dflash_train.training.vocabulary import SampledHead, choose_vocabulary, sample_head
+from dflash_train.training.vocabulary import HeadRows, choose_vocabulary
 
 
 @dataclass(kw_only=True)
@@ -116,7 +116,7 @@ class Trainer:
         _check_width(validation, drafter.config)
         self.train_lines, self.validation_store = train.lines, validation
         self.max_steps = _num_steps(config)
-        self.is_label = choose_vocabulary(
+        is_label = choose_vocabulary(
             drafter,
             train,
             rows,
@@ -125,7 +125,12 @@ class Trainer:
             stop_token_ids=stop_token_ids,
         )
         self.head = _head_on(head, accelerator.device)
-        self.output_head = drafter.to(accelerator.device).output_head(self.head)
+        self.head_rows = HeadRows(
+            head=drafter.to(accelerator.device).output_head(self.head),
+            is_label=is_label,
+            num_drawn=config.training.head_sample,
+            seed=config.seed,
+        )
         self._prepare(drafter.train())
         decay = config.training.ema_decay
         self.averaged = None if decay is None else AveragedDrafter(self.drafter, decay)
@@ -336,7 +341,7 @@ class Trainer:
 
     def _run_micro_batches(self, batches: list[TrainingBatch], scale: float) -> Tensor:
         """Add up this rank's gradients, and its counts as `TrainingCounts.to_tensor`."""
-        rows = self._rows_of_step()
+        rows = self.head_rows.of_step(self.state.step)
         settings = replace(self.loss_settings, log_weights=rows.log_weights)
         counts = self._no_counts().to_tensor()
         for number, batch in enumerate(batches, start=1):
@@ -353,20 +358,9 @@ class Trainer:
             counts += own_counts
         return counts
 
-    def _rows_of_step(self) -> SampledHead:
-        """Give the rows of the head that this step's softmax runs over."""
-        if self.is_label is None:
-            return SampledHead(head=self.output_head, log_weights=None)
-        return sample_head(
-            self.head,
-            self.is_label,
-            num_drawn=self.config.training.head_sample,
-            seed=self.config.seed,
-            step=self.state.step,
-        )
-
     def _block_settings(self) -> BlockSettings:
-        config, shape, ids = self.config, self.drafter_config, self.output_head.draft_token_ids
+        config, shape = self.config, self.drafter_config
+        ids = self.head_rows.head.draft_token_ids
         has_teacher = config.data.teacher_top_k > 0
         return BlockSettings(
             block_size=shape.block_size,
@@ -415,7 +409,7 @@ class Trainer:
                     self.config,
                     self.drafter_config,
                     self.train_lines,
-                    head_rows=self._num_head_rows(),
+                    head_rows=self.head_rows.number,
                 ),
                 peak_flops=peak_flops_of_run(
                     self.accelerator.device,
@@ -432,13 +426,6 @@ class Trainer:
             run_dir=self.run_folder.folder,
             rank=self.accelerator.process_index,
         )
-
-    def _num_head_rows(self) -> int:
-        """Give the rows of the head that a step's softmax runs over."""
-        if self.is_label is None:
-            return len(self.output_head.lm_head_weight)
-        wanted = int(self.is_label.sum()) + self.config.training.head_sample
-        return min(len(self.is_label), wanted)
 
     def _step_values(self, result: StepResult) -> dict[str, Any]:
         pending = self.state.pending

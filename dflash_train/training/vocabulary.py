@@ -84,6 +84,33 @@ class SampledHead:
     where nothing was drawn."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class HeadRows:
+    """Which rows of the head each optimiser step's softmax runs over."""
+
+    head: FrozenHead
+    """What the drafter drafts with: the whole head, or that of its reduced vocabulary."""
+    is_label: Tensor | None
+    """`[V]` bool from `choose_vocabulary`; None where every step takes all rows of `head`."""
+    num_drawn: int
+    seed: int
+
+    @property
+    def number(self) -> int:
+        """How many rows a step has."""
+        if self.is_label is None:
+            return len(self.head.lm_head_weight)
+        return min(len(self.is_label), int(self.is_label.sum()) + self.num_drawn)
+
+    def of_step(self, step: int) -> SampledHead:
+        """Give the rows after so many finished steps."""
+        if self.is_label is None:
+            return SampledHead(head=self.head, log_weights=None)
+        return sample_head(
+            self.head, self.is_label, num_drawn=self.num_drawn, seed=self.seed, step=step
+        )
+
+
 def sample_head(
     head: FrozenHead, is_label: Tensor, *, num_drawn: int, seed: int, step: int
 ) -> SampledHead:

@@ -6,7 +6,7 @@ import torch
 from dflash_train.features.frozen_head import FrozenHead
 from dflash_train.features.store import FeatureStore
 from dflash_train.testing import assert_close
-from dflash_train.training.vocabulary import count_labels, most_frequent_ids, sample_head
+from dflash_train.training.vocabulary import HeadRows, count_labels, most_frequent_ids, sample_head
 
 
 def test_only_answer_tokens_of_the_chosen_rows_are_counted(
@@ -70,3 +70,18 @@ def test_drawing_all_ids_is_the_whole_head():
     assert not sample.log_weights.any()
     assert torch.equal(sample.head.lm_head_weight, weight)
     assert replace(sample.head, draft_token_ids=None, lm_head_weight=weight) == head
+
+
+@pytest.mark.parametrize(
+    ("num_labels", "num_drawn"), [(6, 4), (6, 14), (6, 40), (20, 3), (None, 0)]
+)
+def test_the_number_of_rows_is_that_of_every_step(num_labels: int | None, num_drawn: int):
+    weight = torch.randn(20, 4)
+    rows = HeadRows(
+        head=FrozenHead(embedding_weight=weight, lm_head_weight=weight),
+        is_label=None if num_labels is None else torch.arange(20) < num_labels,
+        num_drawn=num_drawn,
+        seed=0,
+    )
+    for step in range(3):
+        assert len(rows.of_step(step).head.lm_head_weight) == rows.number
