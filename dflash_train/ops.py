@@ -22,7 +22,7 @@ from dflash_train.drafter.block_attention import Blocks, ContextKV, block_attent
 from dflash_train.drafter.config import Visibility
 from dflash_train.drafter.context import RawContext, context_kv, write_context_kv
 from dflash_train.training.head_sweep import SlotTerms, sweep_head
-from dflash_train.training.head_tiles import HeadSettings, SlotTargets
+from dflash_train.training.head_tiles import KERNEL_LOGIT_BYTES, HeadSettings, SlotTargets
 
 OLDEST_CAPABILITY = (8, 0)
 """Ampere, the first with bf16 products."""
@@ -177,6 +177,7 @@ def _cross_entropy_settings(head: HeadSettings) -> Any:
         cap=head.cap,
         log_weights=head.log_weights,
         num_candidates=head.num_candidates,
+        max_logit_bytes=KERNEL_LOGIT_BYTES,
     )
 
 

@@ -17,6 +17,8 @@ from dflash_train.training.soft_losses import bucket_probabilities, soft_loss
 
 CPU_TILE, GPU_TILE = 2048, 32768
 """Ids whose logits exist at once: 8 MB for 1024 slots in float32 stay in a CPU's last cache."""
+KERNEL_LOGIT_BYTES = 2 * 1024**3
+"""Logits and their gradients that exist at once where kernels run, for whole rows."""
 _ABSENT = -1e30
 """Logit of an id that the head does not have; finite, so that 0 * it is 0."""
 _TINY = 1e-30

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.bench_measure import kept_mib
 from benchmarks.live_bytes import live_growth
+from dflash_kernels.block_cross_entropy_chunks import chunk_slots
 from dflash_train.cli import main
 from dflash_train.config import (
     DataConfig,
@@ -35,6 +36,7 @@ from dflash_train.features.target_shape import planned_target_config
 from dflash_train.testing import VARIANTS, tiny_drafter
 from dflash_train.training.batching import BlockSettings, TrainingBatch, collate
 from dflash_train.training.drafter_loss import DrafterLoss
+from dflash_train.training.head_tiles import KERNEL_LOGIT_BYTES
 from dflash_train.training.losses import LossSettings, block_loss, fixed_weights
 from dflash_train.training.optim import build_optimizer
 from dflash_train.training.plan import (
@@ -53,7 +55,12 @@ from dflash_train.training.plan import (
     plan_memory,
 )
 from dflash_train.training.plan.devices import peak_flops_of
-from dflash_train.training.plan.memory import kept_by_fusion, kept_by_layer, kept_by_loss
+from dflash_train.training.plan.memory import (
+    kept_by_fusion,
+    kept_by_layer,
+    kept_by_loss,
+    logits_of_kernels,
+)
 from dflash_train.training.plan.work import ATTENTION, HEAD, SELECTOR_CHUNK, micro_batch_parts
 from dflash_train.training.variant_losses import _CHUNK
 
@@ -442,3 +449,26 @@ def test_training_without_features_names_the_stage_to_run(
 ):
     assert main(["train", "recipe=qwen3", f"runs_dir={tmp_path}"]) == 2
     assert "dflash-train collect" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("head_rows", [32_000, 151_936, 262_144])
+def test_the_kernels_chunk_of_logits_is_planned_as_they_cut_it(dtype: torch.dtype, head_rows: int):
+    slots = chunk_slots(head_rows, dtype, KERNEL_LOGIT_BYTES)
+    number = 4 if dtype == torch.float32 else 4 + 2  # gradients of float32 replace their logits
+    given = {"head_rows": head_rows, "head_bytes": dtype.itemsize}
+    assert logits_of_kernels(10**6, **given) == slots * head_rows * number
+    assert logits_of_kernels(slots // 2, **given) == slots // 2 * head_rows * number
+
+
+def test_a_gpu_plan_holds_the_kernels_logits_unless_torch_is_chosen():
+    recipe = ["recipe=qwen3", "target.name_or_path=Qwen/Qwen3-8B"]
+    kernels, torchs = (
+        plan_of(compose([*recipe, f"launch.kernels={choice}"])) for choice in ("auto", "torch")
+    )
+    assert kernels.memory.working > torchs.memory.working
+    cpu = [
+        plan_of(compose([*recipe, f"launch.kernels={choice}"]), is_cpu=True).memory
+        for choice in ("auto", "torch")
+    ]
+    assert cpu[0] == cpu[1]

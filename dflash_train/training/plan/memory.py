@@ -10,10 +10,10 @@ heads, D head dim, K block size, L taps, N layers, V vocabulary.
 
 from dataclasses import dataclass
 
-from dflash_train.config import Precision, RecipeConfig, Sharding
+from dflash_train.config import KernelChoice, Precision, RecipeConfig, Sharding
 from dflash_train.drafter.block_attention import SCORES_AT_ONCE, SCORES_AT_ONCE_ELSEWHERE
 from dflash_train.drafter.config import DrafterConfig
-from dflash_train.training.head_tiles import CPU_TILE, GPU_TILE
+from dflash_train.training.head_tiles import CPU_TILE, GPU_TILE, KERNEL_LOGIT_BYTES
 from dflash_train.training.plan.load import Load
 from dflash_train.training.plan.parameters import Parameters
 
@@ -32,6 +32,8 @@ class Setting:
     """Of a number of the frozen embedding and head."""
     stored_bytes: int
     """Of a stored feature."""
+    has_kernels: bool = False
+    """Triton's kernels run: the head's loss takes rows of the whole vocabulary at once."""
     recomputes_layers: bool = False
     """A layer keeps what enters it, and runs again in the backward pass."""
     ranks: int = 1
@@ -46,6 +48,7 @@ class Setting:
             is_autocast=not is_cpu and config.launch.mixed_precision is Precision.bf16,
             head_bytes=narrow[config.target.dtype.value],
             stored_bytes=narrow[config.data.features_dtype.value],
+            has_kernels=not is_cpu and config.launch.kernels is not KernelChoice.torch,
             recomputes_layers=config.launch.activation_checkpointing,
             ranks=config.plan.num_gpus,
             sharding=config.plan.sharding,
@@ -242,18 +245,41 @@ def _walk_back(
 def _working_of_head(
     drafter: DrafterConfig, load: Load, setting: Setting, *, chunk: int, head_rows: float
 ) -> float:
-    """Give the bytes of a tile of logits, and of hidden states and gradients beside it."""
+    """Give the bytes of the logits at once, and of hidden states and gradients beside them."""
+    if setting.has_kernels and not drafter.is_shifted:  # DSpark's bias is torch's
+        logits = logits_of_kernels(load.labels, head_rows=head_rows, head_bytes=setting.head_bytes)
+    else:
+        logits = _logits_of_tile(drafter, load, setting, chunk=chunk, head_rows=head_rows)
+    slots = load.blocks * drafter.block_size
+    # Hidden states of all slots and of those with a label; where the gradient of a chunk's is put
+    # together, the sum over the head's rows, the labels' rows and a product of either.
+    rows = slots + load.labels + 3 * min(chunk, load.labels)
+    return logits + rows * drafter.hidden_size * FLOAT
+
+
+def logits_of_kernels(num_slots: float, *, head_rows: float, head_bytes: int) -> float:
+    """Give the bytes of a chunk's logits and gradients, as `dflash_kernels` cuts its chunks.
+
+    Args:
+        num_slots: Slots with a label.
+        head_rows: Rows of the head.
+        head_bytes: Of a number of the head. Gradients of float32 take the place of their logits.
+    """
+    row = head_rows * (FLOAT + (head_bytes if head_bytes < FLOAT else 0))
+    fitting = max(1, int(KERNEL_LOGIT_BYTES // row))
+    return row * min(num_slots, 1 << (fitting.bit_length() - 1))
+
+
+def _logits_of_tile(
+    drafter: DrafterConfig, load: Load, setting: Setting, *, chunk: int, head_rows: float
+) -> float:
     tile = min(chunk, load.labels) * min(CPU_TILE if setting.is_cpu else GPU_TILE, head_rows)
     number = setting.head_bytes
     if setting.head_bytes < FLOAT:  # sums are float32, products go back
         number += FLOAT + setting.head_bytes
     if drafter.final_logit_softcapping:
         number += 2 * FLOAT
-    slots = load.blocks * drafter.block_size
-    # Hidden states of all slots and of those with a label; where the gradient of a chunk's is put
-    # together, the sum over the head's rows, the labels' rows and a product of either.
-    rows = slots + load.labels + 3 * min(chunk, load.labels)
-    return tile * number + rows * drafter.hidden_size * FLOAT
+    return tile * number
 
 
 def _working_of_layer(drafter: DrafterConfig, load: Load, setting: Setting) -> float:
