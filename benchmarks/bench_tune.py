@@ -62,7 +62,7 @@ def measure(protocol: Protocol, tenants: TenantSet) -> Figures:
     num_steps = protocol.num_steps
     found: dict[str, dict[str, TuningRun]] = {name: {} for name in tenants.tuned}
     for name in tenants.tuned:
-        for kind, share in (("alone", 0.0), ("replayed", protocol.replay_share)):
+        for kind, share in (("replayed", protocol.replay_share), ("alone", 0.0)):
             run = tune_to(
                 protocol, tenants, (name,), start=start, replay_share=share, num_steps=num_steps
             )

@@ -280,7 +280,7 @@ def _collected_by(tenants: TenantSet, names: tuple[str, ...], replay_share: floa
     first, *more = names
     if more:
         return None if tenants.others else tenants.name
-    return f"{tenants.name}-{first}-alone" if replay_share else None
+    return None if replay_share else f"{tenants.name}-{first}-replayed"
 
 
 def _link_pair(protocol: Protocol, tenants: TenantSet) -> None:
