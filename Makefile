@@ -26,9 +26,9 @@ demo: $(VENV)/.stamp-demo  ## set up, then logs -> drafter -> report on a CPU in
 test: $(VENV)/.stamp-dev  ## set up, then every test that needs no GPU and no long run
 	$(TEST_ENV) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "$(NOT_IN_TEST)" $(IN_PARALLEL)
 
-quick: $(VENV)/.stamp-dev  ## the same without the end-to-end tests, up to the first failure
+quick: $(VENV)/.stamp-dev  ## the same without tests/not_in_quick.txt (what takes long), up to the first failure
 	$(TEST_ENV) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "$(NOT_IN_TEST)" $(IN_PARALLEL) \
-	  --ignore=tests/end_to_end -x -q
+	  @tests/not_in_quick.txt -x -q
 
 check: $(VENV)/.stamp-dev  ## format, lint and types
 	$(BIN)/ruff format --check .

@@ -441,3 +441,16 @@ def test_the_wheel_holds_our_packages_and_the_recipes_and_nothing_else(tmp_path:
     assert {name for name in names if "/recipes/" in name} == want
     modules = {path.relative_to(f.parent) for f in PACKAGES.values() for path in f.rglob("*.py")}
     assert {name for name in names if name.endswith(".py")} == {str(path) for path in modules}
+
+
+def test_make_quick_leaves_out_what_exists_and_no_whole_package() -> None:
+    lines = (ROOT / "tests" / "not_in_quick.txt").read_text().splitlines()
+    left_out = {line.split("=", maxsplit=1)[1] for line in lines}
+    for name in left_out:
+        path, _, test = name.partition("::")
+        assert (ROOT / path).exists(), name
+        assert not test or f"def {test}(" in (ROOT / path).read_text(), name
+    for package in PACKAGES:
+        folder = ROOT / "tests" / package.replace("dflash_", "test_")
+        files = {path.relative_to(ROOT).as_posix() for path in folder.glob("test_*.py")}
+        assert files - left_out, package

@@ -18,9 +18,12 @@ from dflash_train.features.store import FeatureRow, FeatureStore, write_index, w
 from dflash_train.features.target import Target
 from dflash_train.records.manifest import FileEntry, Manifest
 from dflash_train.testing import MASK_TOKEN_ID, tiny_target
+from tests.test_train.token_splits import write_tokens
+from tests.test_train.twin_splits import TwinSplit
 
 AnswerRows = Callable[..., list[FeatureRow]]
 WriteSplit = Callable[..., FeatureStore]
+WriteTwins = Callable[..., TwinSplit]
 TinyRecipe = Callable[..., RecipeConfig]
 
 
@@ -91,6 +94,25 @@ def write_split() -> WriteSplit:
         return FeatureStore.open(folder)
 
     return write
+
+
+@pytest.fixture(scope="session")
+def write_twins(target32: Target, answer_rows: AnswerRows, write_split: WriteSplit) -> WriteTwins:
+    """Write answers to random prompts of the given lengths as a split with and without features."""
+
+    def write(folder: Path, prompt_lengths: list[int], *, seed: int = 0) -> TwinSplit:
+        rows = answer_rows(target32, prompt_lengths, seed=seed)
+        return TwinSplit(
+            stored=write_split(folder / "features", rows),
+            tokens=write_tokens(folder / "tokens", rows),
+        )
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def train_twins(tmp_path_factory: pytest.TempPathFactory, write_twins: WriteTwins) -> TwinSplit:
+    return write_twins(tmp_path_factory.mktemp("train"), [5, 9, 7, 12, 6, 8, 30, 11, 4])
 
 
 @pytest.fixture(scope="session")
