@@ -13,14 +13,13 @@ import pytest
 from dflash_inference.decoder import SpeculativeDecoder
 from dflash_inference.engine import Engine, TokenStream
 from dflash_inference.sampling import SamplingParams
-from dflash_inference.scheduler import Scheduler
+from dflash_inference.scheduler import Scheduler, Ticket
 from dflash_train.config import UnavailableError
 from dflash_train.drafter.checkpoint import save_checkpoint
 from dflash_train.features.target import Target
 from dflash_train.testing import save_tiny_target, tiny_drafter, tiny_target
 from tests.test_inference.served_endpoint import (
     TIMEOUT_S,
-    Served,
     Streamed,
     served,
     serving_process,
@@ -48,24 +47,26 @@ sys.exit(main(sys.argv[1:]))
 
 
 class FailingScheduler(Scheduler):
-    """A scheduler that fails by itself, in no request's name, once it is told to."""
+    """A scheduler that fails by itself, in no request's name, as soon as it has so many requests.
 
-    fails = False
+    The first of them waits for the others after some steps, however slow their clients are.
+    """
 
-    def _admit(self) -> None:
-        if self.fails:
+    fails_at = 2
+
+    def step(self) -> list[Ticket]:
+        tickets = self.tickets
+        if len(tickets) >= self.fails_at:
             raise ZeroDivisionError("a fault outside of any request")
-        super()._admit()
+        if any(len(ticket.state.steps) > 20 for ticket in tickets):
+            time.sleep(0.01)
+            return []
+        return super().step()
 
 
 @pytest.fixture(scope="module")
 def target() -> Target:
     return tiny_target()
-
-
-def break_down(endpoint: Served) -> None:
-    endpoint.scheduler.__class__ = FailingScheduler
-    endpoint.scheduler.fails = True  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_every_client_gets_an_error_and_no_more_requests_are_taken(
@@ -74,6 +75,7 @@ def test_every_client_gets_an_error_and_no_more_requests_are_taken(
     log = tmp_path / "calls.jsonl"
     replies: list[httpx2.Response] = []
     with served(SpeculativeDecoder(target, tiny_drafter(target)), log=log) as endpoint:
+        endpoint.scheduler.__class__ = FailingScheduler
         waiting = threading.Thread(
             target=lambda: replies.append(endpoint.post(CHAT, **ASKED | {"max_tokens": 400}))
         )
@@ -81,11 +83,8 @@ def test_every_client_gets_an_error_and_no_more_requests_are_taken(
         with httpx2.stream("POST", url, json=body, timeout=TIMEOUT_S) as reply:
             for number, line in enumerate(reply.iter_lines()):
                 streamed.add(line)
-                if number == 3:
+                if number == 1:
                     waiting.start()
-                    while not replies and len(endpoint.scheduler.tickets) < 2:
-                        time.sleep(0.01)
-                    break_down(endpoint)
         waiting.join(TIMEOUT_S)
         assert endpoint.get("/health").status_code == 503
         assert endpoint.get("/health").json() == {"status": "failed"}
@@ -107,7 +106,7 @@ def test_a_request_that_waits_when_the_engine_fails_ends_and_the_next_is_refused
     scheduler = FailingScheduler(
         SpeculativeDecoder(target, tiny_drafter(target)), token_budget=100, most_requests=1
     )
-    scheduler.fails = True
+    scheduler.fails_at = 1
     engine = Engine(scheduler)
     params = SamplingParams(max_new_tokens=5)
 
