@@ -2,8 +2,9 @@
 
 A test suite is as good as the faults it finds. `mutants.toml` lists the faults that cost people a
 trained drafter without any error message. Each is planted alone in a copy of the working tree,
-where the tests that should find it run first and, if they all pass, the rest of the quick suite. A
-fault counts as caught if a test's comparison fails; a mutant that merely crashes proves nothing.
+where the tests that should find it run first and, if they all pass, all others but the end-to-end
+ones. A fault counts as caught if a test's comparison fails; a mutant that merely crashes proves
+nothing.
 
     make mutants            all of them; the table is the result, exit 1 if one is not caught
     make mutants ONLY=mask  those with this word in their name
@@ -27,7 +28,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 LIST = Path(__file__).with_name("mutants.toml")
 SOURCE_ROOTS = (".", "data_pipelines", "inference", "kernels")
-QUICK_SUITE = ["tests", "--ignore=tests/end_to_end", "--ignore=tests/mutants"]
+ALL_BUT_END_TO_END = ["tests", "--ignore=tests/end_to_end", "--ignore=tests/mutants"]
 MARKERS = "not slow and not soak and not gpu"
 TIME_LIMIT_S = 900
 _FAILURE = re.compile(r"^(?:FAILED|ERROR) (?P<test>\S+::.+?)(?: - (?P<error>.*))?$", re.MULTILINE)
@@ -186,7 +187,7 @@ class Laboratory:
             return Outcome(mutant=mutant, status=Status.invalid, caught_by=str(error), seconds=0.0)
         status, caught_by = _judge(run)
         if status is Status.survived:
-            say(f"  {mutant.name}: not found by its own tests; running the quick suite")
+            say(f"  {mutant.name}: not found by its own tests; running the others")
             status, caught_by = self._search_suite(mutant)
         seconds = time.perf_counter() - started
         return Outcome(mutant=mutant, status=status, caught_by=caught_by, seconds=seconds)
@@ -198,7 +199,7 @@ class Laboratory:
         and then for reasons of their own.
         """
         with self._planted(mutant):
-            status, test = _judge(run_tests(self.copy, QUICK_SUITE))
+            status, test = _judge(run_tests(self.copy, ALL_BUT_END_TO_END))
             if status is not Status.caught:
                 return status, test
             again = run_tests(self.copy, [test])
