@@ -258,7 +258,7 @@ def _tune(parsed: argparse.Namespace) -> int:
     must_promote = read_flag("fail_if_kept", chosen.get("fail_if_kept", "false"))
     config = compose(overrides, parsed.recipes)
     if parsed.dry_run:
-        print("\n".join(foresee(config)))
+        print("\n".join(foresee(config, force=parsed.force)))
         return 0
     if _only_shows(parsed, config):
         return 0

@@ -16,12 +16,26 @@ from tqdm import tqdm
 from dflash_train.config import FeaturesFrom, RecipeConfig, require
 from dflash_train.features.mixed_rows import ChosenRows, Mixture, Seen, mix_rows, unseen_places
 from dflash_train.features.row_source import RowSource
-from dflash_train.features.store import FeatureStore
+from dflash_train.features.store import WITHOUT_FEATURES, FeatureStore
+from dflash_train.features.target_text import load_target_text
 from dflash_train.records.manifest import Manifest
 from dflash_train.stages.workshop import Workshop
 
 _FEATURES = "features"
 _TRAIN, _VALIDATION, _TEST = "train", "validation", "test"
+
+
+def check_earlier_runs(workshop: Workshop) -> None:
+    """Refuse earlier runs that do not fit, before hours of other stages lead to them.
+
+    Raises:
+        ValueError: A run has no features, or those of another target.
+    """
+    config = workshop.config
+    if config.tune.replay_from:
+        own = load_target_text(config.target, workshop.drafter_config.target_layer_ids).describe()
+        for place in range(_num(config)):
+            _check_features(config, _folder(config, place), own)
 
 
 def earlier_inputs(workshop: Workshop) -> dict[str, str]:
@@ -121,7 +135,9 @@ def _own(config: RecipeConfig, split: str) -> FeatureStore:
 
 def _hash(config: RecipeConfig, place: int, split: str) -> str:
     folder = _folder(config, place)
-    _check_target(config, folder)
+    own = Manifest.read(config.run_dir / _FEATURES)
+    assert own is not None, "stages before have run"
+    _check_features(config, folder, own.target or {})
     manifest = Manifest.read(folder / split)
     assert manifest is not None, "a complete store has complete splits"
     return manifest.hash
@@ -137,28 +153,50 @@ def _folder(config: RecipeConfig, place: int) -> Path:
     return run_dir / _FEATURES
 
 
-def _check_target(config: RecipeConfig, folder: Path) -> None:
-    """Refuse features of another target, or none."""
+def _check_features(config: RecipeConfig, folder: Path, own: dict[str, Any]) -> None:
+    """Refuse a folder without features, or with those of another target.
+
+    Args:
+        config: The recipe of this run.
+        folder: `features` of the earlier one.
+        own: The `target` block of this run.
+    """
     field = f"tune.replay_from (={folder.parent})"
     require(
         config.data.features is FeaturesFrom.stored,
-        f"{field} holds stored features, and data.features (=online) keeps none. Set data.features "
-        "to stored.",
+        f"{field} is replayed from stored features, and data.features (=online) keeps none. Set "
+        "data.features to stored, or leave tune.replay_from empty.",
     )
-    manifest = Manifest.read(folder)
+    manifest, rows = Manifest.read(folder), Manifest.read(folder / _TRAIN)
     require(
-        manifest is not None,
+        manifest is not None and rows is not None,
         f"{field} holds no complete features. Give the folder of a run that went through "
         "`collect`.",
     )
-    own = Manifest.read(config.run_dir / _FEATURES)
     assert manifest is not None
-    assert own is not None, "stages before have run"
-    others = _differences(manifest.target or {}, own.target or {})
+    assert rows is not None
+    require(
+        not WITHOUT_FEATURES.items() <= rows.details.items(),
+        f"{field} was collected with data.features=online, which keeps no features to replay. Run "
+        "its `collect` with data.features=stored, or leave it out.",
+    )
+    _check_teacher(config, rows, field)
+    others = _differences(manifest.target or {}, own)
     require(
         not others,
         f"{field} holds features of another target: {'; '.join(others)}. Leave it out, or collect "
         "its conversations again with this target.",
+    )
+
+
+def _check_teacher(config: RecipeConfig, rows: Manifest, field: str) -> None:
+    """Refuse rows without what this run's losses compare with, which training would find late."""
+    own, found = config.data.teacher_top_k, rows.details.get("teacher_top_k", 0)
+    is_used = config.loss.needs_teacher or (own > 0 and config.drafter.has_confidence_head)
+    require(
+        not is_used or config.tune.replay_share == 0 or found == own,
+        f"{field} keeps {found} tokens of each distribution of the target, and this run's losses "
+        f"need data.teacher_top_k (={own}). Run its `collect` with that, or leave it out.",
     )
 
 

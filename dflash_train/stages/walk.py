@@ -115,11 +115,12 @@ def _prepare(stage: Stage, workshop: Workshop) -> Manifest:
 
 def recipe_hash(config: RecipeConfig, stage: Stage) -> str:
     """Give the hash of the settings that a stage reads."""
-    return content_hash({key: _setting(config, key) for key in stage.settings})
+    plain = to_plain(config)
+    return content_hash({key: _setting(plain, key) for key in stage.settings})
 
 
-def _setting(config: RecipeConfig, key: str) -> Any:
-    value: Any = to_plain(config)
+def _setting(plain: dict[str, Any], key: str) -> Any:
+    value: Any = plain
     for part in key.split("."):
         value = value[part]
     watching = _WATCHING.get(key, ())

@@ -16,25 +16,30 @@ from dflash_train.stages.earlier_runs import described, earlier_window, mix
 from dflash_train.stages.table import TUNE
 from dflash_train.stages.tune.rule_book import BOOK_NAME
 from dflash_train.stages.tune.start import Tuning, plan_tuning
-from dflash_train.stages.tune.walk import stage_names
+from dflash_train.stages.tune.walk import looking_again, stage_names
 from dflash_train.stages.walk import is_complete
 from dflash_train.stages.workshop import Workshop
 
 _Estimate = Callable[[RecipeConfig], Iterator[str]]
 
 
-def foresee(config: RecipeConfig) -> Iterator[str]:
+def foresee(config: RecipeConfig, *, force: bool = False) -> Iterator[str]:
     """Yield who would be tuned, by which rule the result would be judged, and each stage's share.
+
+    Args:
+        config: The recipe as the user gave it.
+        force: Every stage would be done again.
 
     Raises:
         ValueError: The tuning could not begin.
     """
-    tuning = plan_tuning(config)
+    tuning = plan_tuning(config, force=force)
     workshop = Workshop(tuning.config)
+    tuning = looking_again(workshop, tuning)
     yield from _beginning(config, tuning)
     for name in stage_names(tuning.config):
         is_stale = name == TUNE.name and tuning.is_new  # its rule is not the one that was written
-        if not is_stale and is_complete(workshop, name):
+        if not (force or is_stale) and is_complete(workshop, name):
             yield f"{name}: complete and unchanged, nothing to do"
         else:
             yield from (f"{name}: {line}" for line in _share(tuning.config, name))

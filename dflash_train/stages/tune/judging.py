@@ -57,7 +57,7 @@ def judge_candidate(workshop: Workshop, manifest: Manifest) -> None:
     findings = _examine(workshop, best)
     failed = [each.check for each in findings if each.status is Status.failed]
     verdict = judge(book.rule, traffic=gains[0], tenants=gains[1:], failed_checks=failed)
-    verdict = replace(verdict, remarks=verdict.remarks + _remarks(workshop, book))
+    verdict = replace(verdict, remarks=verdict.remarks + _remarks(workshop, book, candidate))
     content = _content(verdict, book, candidate=candidate, gains=gains, findings=findings)
     text = orjson.dumps(content, option=orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS)
     write_bytes(folder / VERDICT_NAME, text + b"\n")
@@ -159,9 +159,11 @@ def _examine(workshop: Workshop, checkpoint: Path) -> list[Finding]:
     )
 
 
-def _remarks(workshop: Workshop, book: RuleBook) -> list[str]:
-    """Say what makes the newest window worth less than it seems."""
+def _remarks(workshop: Workshop, book: RuleBook, candidate: str) -> list[str]:
+    """Say what makes the figures worth less than they seem."""
     remarks: list[str] = []
+    if candidate == book.incumbent:
+        remarks.append("the candidate is the incumbent itself: training led to it again")
     ingested = Manifest.read(workshop.config.run_dir / "conversations")
     assert ingested is not None, "stages before have run"
     sessions, timeless = (
@@ -174,8 +176,9 @@ def _remarks(workshop: Workshop, book: RuleBook) -> list[str]:
         )
     if book.judged_before:
         remarks.append(
-            f"its newest window was judged {len(book.judged_before)} time(s) before, by another "
-            "rule or for another candidate: the more looks, the likelier one succeeds by chance"
+            f"this run was judged {len(book.judged_before)} time(s) before, by another rule, for "
+            "another candidate or on another log: the more looks, the likelier one succeeds by "
+            "chance"
         )
     return remarks
 

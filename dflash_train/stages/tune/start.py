@@ -19,15 +19,14 @@ from pathlib import Path
 from tqdm import tqdm
 
 from dflash_train.config import RecipeConfig, require
-from dflash_train.drafter.checkpoint import drafter_hash
 from dflash_train.records.manifest import Manifest
 from dflash_train.release.promotion import PromotionRule
-from dflash_train.release.registry import KEPT, PROMOTED, Event, Registry
+from dflash_train.release.registry import KEPT, PROMOTED, Event, Registry, short_name
 from dflash_train.release.resolve import resolve_checkpoint
-from dflash_train.stages.drafters import import_drafter
+from dflash_train.stages.earlier_runs import check_earlier_runs
+from dflash_train.stages.tune.fit import KnownDrafter, check_rival, settings_of
 from dflash_train.stages.tune.rule_book import RuleBook, read_book
 from dflash_train.stages.workshop import Workshop
-from dflash_train.training.initial_weights import contradictions
 
 TUNING_FOLDER = "tuning"
 
@@ -54,29 +53,36 @@ def plan_tuning(config: RecipeConfig, *, force: bool = False) -> Tuning:
         force: Begin again although the run was judged already.
 
     Raises:
-        ValueError: There is no drafter to start from, it does not fit, or the registry has changed
-            since an unfinished run began.
+        ValueError: There is no drafter to start from, it, the one that serves or an earlier run
+            does not fit, or the registry has changed since an unfinished run began.
     """
     _check_settings(config)
     registry = Registry(Path(config.tune.registry))
     current, stored = registry.roles.current, read_book(config.run_dir)
     event = None if stored is None else ending(registry, stored)
     given = None if config.init is None else _given_start(config, config.init)
-    found = None if given is None else drafter_hash(given)
-    serving = current or found
+    if stored is not None and event is not None and not force:
+        given = _as_it_began(given, config, registry, stored=stored, event=event)
+    serving = current or (None if given is None else given.hash)
     require(
         serving is not None,
         f"tune.registry (={registry.folder}) has no current drafter yet. Give the one that serves "
         "as init=DIR|HUB_ID: it becomes current.",
     )
     assert serving is not None
-    book = _book(config, serving, found, stored, event, force=force)
-    folder = given or registry.drafter_folder(book.start)
+    start_hash = None if given is None else given.hash
+    book = _book(config, serving, start_hash, stored, event, force=force)
+    start = given or _registered(registry, book.start, config)
+    is_new = stored is None or stored.hash != book.hash
+    tuned = tuned_recipe(config, start)
+    if book.incumbent != start.hash and (is_new or event is None):  # else they were compared
+        check_rival(_registered(registry, book.incumbent, config), start)
+    check_earlier_runs(Workshop(tuned))
     return Tuning(
-        config=tuned_recipe(config, folder),
+        config=tuned,
         registry=registry,
         book=book,
-        is_new=stored is None or stored.hash != book.hash,
+        is_new=is_new,
         event=None if force else event,
     )
 
@@ -109,28 +115,36 @@ def ending(registry: Registry, book: RuleBook) -> Event | None:
     return found[-1] if found else None
 
 
-def tuned_recipe(config: RecipeConfig, folder: Path) -> RecipeConfig:
+def was_judged(config: RecipeConfig, book: RuleBook, event: Event | None) -> bool:
+    """Tell whether a run came to a verdict by this very book.
+
+    Args:
+        config: Names the run.
+        book: The one.
+        event: The switch by which the run ended last, by this book or one before.
+    """
+    done = Manifest.read(config.run_dir / TUNING_FOLDER)
+    by_event = event is not None and event.facts["rule"] == book.hash
+    return by_event or (done is not None and done.inputs.get("rule") == book.hash)
+
+
+def tuned_recipe(config: RecipeConfig, start: KnownDrafter) -> RecipeConfig:
     """Give the recipe of the stages of a tuning.
 
     Args:
         config: The recipe as the user gave it.
-        folder: The drafter to start from.
+        start: The drafter to start from.
 
     Raises:
-        ValueError: It is no drafter, or its kind excludes a setting.
+        ValueError: It is of another target, or its kind excludes a setting.
     """
-    start = import_drafter(folder, config.target).drafter.config
-    settings = {
-        each.name: each.found
-        for each in contradictions(start, Workshop(config).drafter_config)
-        if each.is_setting
-    }
+    settings = settings_of(start, config)
     if settings.get("final_logit_softcapping", 0) is None:
         settings["final_logit_softcapping"] = 0.0  # the recipe's word for none
     factor, optim = config.tune.lr_factor, config.optim
     return replace(
         config,
-        init=str(folder),
+        init=str(start.folder),
         init_revision=None,
         drafter=replace(config.drafter, **settings),
         optim=replace(optim, lr=factor * optim.lr, muon_lr=factor * optim.muon_lr),
@@ -157,13 +171,38 @@ def _check_settings(config: RecipeConfig) -> None:
     )
 
 
-def _given_start(config: RecipeConfig, init: str) -> Path:
+def _given_start(config: RecipeConfig, init: str) -> KnownDrafter:
     folder = resolve_checkpoint(init, revision=config.init_revision, key="init")
     require(
         not folder.resolve().is_relative_to((config.run_dir / "checkpoint").resolve()),
         f"init (={init}) lies where this run writes its own drafter. Give the run another name.",
     )
-    return folder
+    return KnownDrafter.read(folder, config, named=f"init (={init})")
+
+
+def _registered(registry: Registry, drafter: str, config: RecipeConfig) -> KnownDrafter:
+    registry.check(drafter)
+    named = f"tune.registry (={registry.folder}): its drafter {short_name(drafter)}"
+    return KnownDrafter.read(registry.drafter_folder(drafter), config, named=named)
+
+
+def _as_it_began(
+    given: KnownDrafter | None,
+    config: RecipeConfig,
+    registry: Registry,
+    *,
+    stored: RuleBook,
+    event: Event,
+) -> KnownDrafter | None:
+    """Give what the run started from where `init` has come to mean what it ended with.
+
+    `init=registry/current` does, once the run's candidate was promoted: its command, given again,
+    still means the same run.
+    """
+    became = given is not None and given.hash == event.facts["candidate"] != stored.start
+    if became and event.kind == PROMOTED and registry.drafter_folder(stored.start).is_dir():
+        return _registered(registry, stored.start, config)
+    return given
 
 
 def _book(
@@ -201,10 +240,9 @@ def _book(
     book = RuleBook(run=mark, rule=_rule(config), incumbent=incumbent, start=given or incumbent)
     if stored is None:
         return book
-    was_judged = event is not None or Manifest.read(config.run_dir / TUNING_FOLDER) is not None
     is_same = replace(stored, judged_before=[]) == book
     before = stored.judged_before
-    if was_judged and (force or not is_same):
+    if was_judged(config, stored, event) and (force or not is_same):
         before = [*before, stored.hash]
     return replace(book, judged_before=before)
 

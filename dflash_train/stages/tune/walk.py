@@ -14,11 +14,17 @@ from typing import Any
 import orjson
 
 from dflash_train.config import RecipeConfig, require
-from dflash_train.release.registry import PROMOTED, Registry
+from dflash_train.release.registry import PROMOTED, Event, Registry
 from dflash_train.stages.table import TUNE, stages_of
 from dflash_train.stages.tune.judging import read_verdict
 from dflash_train.stages.tune.rule_book import BOOK_NAME
-from dflash_train.stages.tune.start import TUNING_FOLDER, Tuning, begin, plan_tuning
+from dflash_train.stages.tune.start import (
+    TUNING_FOLDER,
+    Tuning,
+    begin,
+    plan_tuning,
+    was_judged,
+)
 from dflash_train.stages.walk import is_complete, run_stage
 from dflash_train.stages.work import check_collect_engine
 from dflash_train.stages.workshop import Workshop
@@ -76,7 +82,7 @@ def tune(config: RecipeConfig, *, force: bool = False) -> Outcome:
     tuning = plan_tuning(config, force=force)
     workshop = Workshop(tuning.config)
     check_collect_engine(workshop)
-    begin(_looking_again(workshop, tuning))
+    begin(looking_again(workshop, tuning))
     for name in stage_names(tuning.config):
         run_stage(workshop, name, force=force)
     folder = tuning.config.run_dir / TUNING_FOLDER
@@ -89,31 +95,44 @@ def stage_names(config: RecipeConfig) -> list[str]:
     return [*names, TUNE.name]
 
 
-def _looking_again(workshop: Workshop, tuning: Tuning) -> Tuning:
+def looking_again(workshop: Workshop, tuning: Tuning) -> Tuning:
     """Note in the book that another candidate will be judged on a window that was judged before.
 
     Raises:
-        ValueError: The run's candidate was promoted, so another one has no place here; said before
-            hours of work end in a refusal by the registry.
+        ValueError: The run has ended, and what it would do now would be refused by the registry;
+            said before hours of work lead there.
     """
-    event = tuning.event
+    event, book = tuning.event, tuning.book
     if event is None:
         return tuning
     names = [name for name in stage_names(tuning.config) if name != TUNE.name]
     undone = [name for name in names if not is_complete(workshop, name)]
-    if not undone:
-        return tuning
-    require(
-        event.kind != PROMOTED,
-        f"name (={tuning.config.name}): this tuning was promoted at {event.time}, and its data or "
-        f"settings have changed since: {undone[0]} would run again. Give the run another name, or "
-        "begin again with --force.",
-    )
-    book = tuning.book
-    if event.facts["rule"] != book.hash:
+    is_promoted_by_it = event.kind == PROMOTED and event.facts["rule"] == book.hash
+    is_settled = event.kind == PROMOTED or event.facts["rule"] == book.hash
+    if undone or not is_settled:
+        require(
+            tuning.registry.roles.current == book.incumbent and not is_promoted_by_it,
+            _ended(tuning, event, undone),
+        )
+    if not undone or not was_judged(tuning.config, book, event):
         return tuning
     again = replace(book, judged_before=[*book.judged_before, book.hash])
     return replace(tuning, book=again, is_new=True)
+
+
+def _ended(tuning: Tuning, event: Event, undone: list[str]) -> str:
+    """Say why a run that has ended cannot go on."""
+    what, name = ("data or settings have", undone[0]) if undone else ("rule has", TUNE.name)
+    how = (
+        f"was promoted at {event.time}"
+        if event.kind == PROMOTED
+        else f"was judged at {event.time} against a drafter that is not "
+        f"{tuning.registry.folder / 'current'} any more"
+    )
+    return (
+        f"name (={tuning.config.name}): this tuning {how}, and its {what} changed "
+        f"since: {name} would run again. Give the run another name, or begin again with --force."
+    )
 
 
 def _table(gains: list[dict[str, Any]]) -> list[str]:
