@@ -7,13 +7,12 @@ as an undisturbed one. Run by `dflash-train train recipe=NAME` or `accelerate la
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 
 from dflash_train.config import FeaturesFrom, RecipeConfig, require
 from dflash_train.drafter.config import DrafterConfig
@@ -23,54 +22,32 @@ from dflash_train.features.frozen_head import FrozenHead
 from dflash_train.features.row_source import RowSource
 from dflash_train.records.manifest import Manifest
 from dflash_train.training.accelerator import (
-    micro_batch,
-    prepare_training,
     state_layout,
-    sum_over_ranks,
 )
-from dflash_train.training.averaging import AveragedDrafter
 from dflash_train.training.batching import (
     BlockSettings,
     Pack,
-    TrainingBatch,
     take_window,
     trainable_rows,
 )
-from dflash_train.training.drafter_loss import DrafterLoss, whole_drafter
 from dflash_train.training.interruption import StopRequest
 from dflash_train.training.keeping import BEST, STATE_FOLDER, RunFolder
-from dflash_train.training.losses import LossSettings, fixed_weights
-from dflash_train.training.metrics import AcceptanceCounts, TrainingCounts
+from dflash_train.training.metrics import AcceptanceCounts
 from dflash_train.training.on_policy import OnPolicyBlocks
 from dflash_train.training.online import open_batches
-from dflash_train.training.optim import build_optimizer, build_schedule, current_lr
+from dflash_train.training.optimizer_step import OptimizerStep, StepResult
 from dflash_train.training.plan import peak_flops_of_run, run_flops_per_block
 from dflash_train.training.profiling import ProfileWindow
 from dflash_train.training.progress import Progress, Yardstick
 from dflash_train.training.state import TrainState
 from dflash_train.training.step_timers import (
-    BACKWARD,
-    COMMUNICATION,
     DATA,
-    FORWARD,
-    OPTIMIZER,
     TARGET,
     StepTimers,
 )
 from dflash_train.training.tracking import Trackers, open_trackers
 from dflash_train.training.validation import replay_validation_rows, validation_values
 from dflash_train.training.vocabulary import HeadRows, choose_vocabulary
-
-
-@dataclass(kw_only=True)
-class StepResult:
-    """What one optimiser step gives, over all ranks."""
-
-    counts: TrainingCounts
-    grad_norm: float
-    """Global norm of the gradient before clipping."""
-    lr: float
-    """Learning rate that the step used."""
 
 
 class Trainer:
@@ -131,9 +108,16 @@ class Trainer:
             num_drawn=config.training.head_sample,
             seed=config.seed,
         )
-        self._prepare(drafter.train())
-        decay = config.training.ema_decay
-        self.averaged = None if decay is None else AveragedDrafter(self.drafter, decay)
+        self.timers = StepTimers(accelerator.device)
+        self.optimizer_step = OptimizerStep(
+            drafter.train(),
+            config=config,
+            accelerator=accelerator,
+            head=self.head,
+            head_rows=self.head_rows,
+            max_steps=self.max_steps,
+            timers=self.timers,
+        )
         blocks = self._block_settings()
         self.source = open_batches(
             train,
@@ -152,13 +136,7 @@ class Trainer:
                 accelerator=accelerator,
             )
             blocks.own_starts = self.on_policy.own_starts
-        self.timers = StepTimers(accelerator.device)
         self.loading = TARGET if config.data.features is FeaturesFrom.online else DATA
-        self.loss_settings = LossSettings(
-            loss=config.loss,
-            slot_weights=fixed_weights(config.loss, drafter.config).to(accelerator.device),
-            chunk=config.training.head_chunk,
-        )
         self.run_folder = RunFolder(
             folder=run_dir,
             accelerator=accelerator,
@@ -168,7 +146,7 @@ class Trainer:
         )
         self.state = TrainState(
             key=key,
-            pending=self._no_counts(),
+            pending=self.optimizer_step.no_counts(),
             num_processes=accelerator.num_processes,
             packs_per_step=config.training.accumulation_steps * accelerator.num_processes,
             layout=state_layout(accelerator),
@@ -176,19 +154,14 @@ class Trainer:
 
     @property
     def drafter(self) -> Drafter:
-        """The whole drafter that is trained, as it stands.
-
-        Where the launch shards it, that is a gathered copy, and every rank must ask together.
-        """
-        return whole_drafter(self.accelerator, self.model)
+        """The whole drafter that is trained, as it stands; every rank must ask together."""
+        return self.optimizer_step.drafter
 
     @property
     def deployable(self) -> Drafter:
-        """The drafter that validation replays and checkpoints hold: averaged if the recipe asks.
-
-        Every rank must ask together.
-        """
-        return self.drafter if self.averaged is None else self.averaged.drafter
+        """The drafter that validation replays and checkpoints hold; every rank must ask
+        together."""
+        return self.optimizer_step.deployable
 
     @property
     def checkpoint_dir(self) -> Path:
@@ -203,7 +176,7 @@ class Trainer:
         Raises:
             KeyboardInterrupt: SIGINT or SIGTERM came; the train state is saved.
         """
-        self.state = self.run_folder.resume(self.state, averaged=self.averaged)
+        self.state = self.run_folder.resume(self.state, averaged=self.optimizer_step.averaged)
         settings, last_step = self.config.training, self.max_steps
         with (
             StopRequest() as stop,
@@ -222,7 +195,7 @@ class Trainer:
                 is_last = self._has_ended()
                 must_stop = self._is_any(stop.is_made)
                 if is_last or must_stop or self.state.step % settings.save_every == 0:
-                    self.run_folder.save_state(self.state, averaged=self.averaged)
+                    self.run_folder.save_state(self.state, averaged=self.optimizer_step.averaged)
                 if must_stop and not is_last:
                     raise KeyboardInterrupt(f"train state saved at step {self.state.step}")
         return self.state
@@ -256,29 +229,7 @@ class Trainer:
         ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
         with self.timers.phase(self.loading):
             batches = [self.source.load(pack) for pack in window[rank::ranks]]
-        scale = ranks / self._denominator(batches)  # wrappers average over ranks
-        counts = self._run_micro_batches(batches, scale)
-        with self.timers.phase(OPTIMIZER):
-            grad_norm, lr = self._update()
-        return StepResult(
-            counts=TrainingCounts.from_tensor(self._sum_over_ranks(counts)),
-            grad_norm=grad_norm,
-            lr=lr,
-        )
-
-    def _update(self) -> tuple[float, float]:
-        """Clip and step; give the norm of the gradient before clipping and the learning rate."""
-        grad_norm = self.accelerator.clip_grad_norm_(
-            self.model.parameters(), self.config.optim.max_grad_norm
-        )
-        assert grad_norm is not None
-        lr = current_lr(self.optimizer)
-        self.optimizer.step()
-        if self.averaged is not None:
-            self.averaged.update(self.drafter)
-        self.schedule.step()
-        self.optimizer.zero_grad()
-        return float(grad_norm), lr
+        return self.optimizer_step.run(batches, step=self.state.step)
 
     def validate(self) -> AcceptanceCounts:
         """Replay the validation rows, shared among ranks."""
@@ -294,17 +245,6 @@ class Trainer:
         """Write `checkpoint/last`, complete the manifest and write it last."""
         self.run_folder.finish(manifest, self.deployable, state=self.state)
         return manifest
-
-    def _prepare(self, drafter: Drafter) -> None:
-        """Build optimiser and schedule, and wrap all three for this launch."""
-        optimizer = build_optimizer(drafter, self.config.optim)
-        self.model, self.optimizer, self.schedule = prepare_training(
-            self.accelerator,
-            DrafterLoss(drafter, self.head, launch=self.config.launch),
-            optimizer,
-            build_schedule(optimizer, self.config.optim, max_steps=self.max_steps),
-            max_grad_norm=self.config.optim.max_grad_norm,
-        )
 
     def _advance(self, stream: Iterator[Pack], trackers: Trackers, progress: Progress) -> None:
         """Run one step, move the state forward and log when it is time."""
@@ -322,41 +262,9 @@ class Trainer:
         if state.step % settings.log_every == 0:
             speed = progress.rates() | {"seconds": self.timers.seconds()}
             trackers.log(state.step, self._step_values(result) | speed)
-            state.pending = self._no_counts()
+            state.pending = self.optimizer_step.no_counts()
             progress.new_window()
             self.timers.new_window()
-
-    def _denominator(self, batches: list[TrainingBatch]) -> float:
-        """Count Z over all ranks and micro-batches of the step, before its first forward."""
-        weights_K = self.loss_settings.slot_weights.cpu()
-        own = torch.stack([batch.weight_sum(weights_K) for batch in batches]).sum()
-        total = self._sum_over_ranks(own).item()
-        require(
-            total > 0,
-            "no block of this step has a label that the drafter can draft. Raise "
-            f"drafter.draft_vocab_size (={self.drafter_config.draft_vocab_size}) or "
-            f"training.pack_tokens (={self.config.training.pack_tokens}).",
-        )
-        return total
-
-    def _run_micro_batches(self, batches: list[TrainingBatch], scale: float) -> Tensor:
-        """Add up this rank's gradients, and its counts as `TrainingCounts.to_tensor`."""
-        rows = self.head_rows.of_step(self.state.step)
-        settings = replace(self.loss_settings, log_weights=rows.log_weights)
-        counts = self._no_counts().to_tensor()
-        for number, batch in enumerate(batches, start=1):
-            with micro_batch(
-                self.accelerator,
-                self.model,
-                is_last=number == len(batches),
-                launch=self.config.launch,
-            ):
-                with self.timers.phase(FORWARD):
-                    loss_sum, own_counts = self.model(batch, rows.head, settings)
-                with self.timers.phase(BACKWARD):
-                    self.accelerator.backward(loss_sum * scale)
-            counts += own_counts
-        return counts
 
     def _block_settings(self) -> BlockSettings:
         config, shape = self.config, self.drafter_config
@@ -371,9 +279,6 @@ class Trainer:
             use_teacher=config.loss.needs_teacher or (shape.has_confidence_head and has_teacher),
             own_share=config.training.on_policy_share,
         )
-
-    def _no_counts(self) -> TrainingCounts:
-        return TrainingCounts.zeros(self.drafter_config.num_drafts)
 
     def _validate(self, drafter: Drafter) -> AcceptanceCounts:
         return replay_validation_rows(
@@ -438,13 +343,9 @@ class Trainer:
             "joint_accuracy": pending.joint_accuracy,
         }
 
-    def _sum_over_ranks(self, values: Tensor) -> Tensor:
-        with self.timers.phase(COMMUNICATION):
-            return sum_over_ranks(self.accelerator, values)
-
     def _is_any(self, flag: bool) -> bool:
         """Agree on a flag: a signal may reach one rank a step before another."""
-        return bool(self._sum_over_ranks(torch.tensor(float(flag))) > 0)
+        return bool(self.optimizer_step.sum_over_ranks(torch.tensor(float(flag))) > 0)
 
 
 def _num_steps(config: RecipeConfig) -> int:

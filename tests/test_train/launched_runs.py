@@ -33,7 +33,8 @@ from dflash_train.features.store import FeatureStore
 from dflash_train.testing import MASK_TOKEN_ID, VARIANTS, tiny_drafter, tiny_target
 from dflash_train.training.accelerator import build_accelerator
 from dflash_train.training.batching import Pack
-from dflash_train.training.trainer import StepResult, Trainer
+from dflash_train.training.optimizer_step import StepResult
+from dflash_train.training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 ROW_TOKENS = 20

@@ -16,8 +16,9 @@ from dflash_train.testing import VARIANTS, tiny_drafter
 from dflash_train.training.accelerator import build_accelerator
 from dflash_train.training.batching import Pack
 from dflash_train.training.on_policy import OnPolicyBlocks, read_own_starts, write_own_starts
+from dflash_train.training.optimizer_step import StepResult
 from dflash_train.training.replay import replay_rows
-from dflash_train.training.trainer import StepResult, Trainer
+from dflash_train.training.trainer import Trainer
 
 WEIGHTED = LossConfig(weighting=Weighting.dpace, first_wrong=3.0)
 EVERY: dict[str, Any] = {

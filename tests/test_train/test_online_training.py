@@ -20,8 +20,9 @@ from dflash_train.records.manifest import Manifest
 from dflash_train.testing import tiny_drafter
 from dflash_train.training.accelerator import build_accelerator
 from dflash_train.training.batching import Pack
+from dflash_train.training.optimizer_step import StepResult
 from dflash_train.training.stage import train
-from dflash_train.training.trainer import StepResult, Trainer
+from dflash_train.training.trainer import Trainer
 from tests.test_train.conftest import AnswerRows, TinyRecipe, WriteSplit, WriteTwins
 from tests.test_train.launched_runs import by_torch, launch, losses
 from tests.test_train.token_splits import write_tokens

@@ -27,10 +27,11 @@ from dflash_train.testing import STOP_TOKEN_ID, VARIANTS, tiny_drafter
 from dflash_train.training import calibration
 from dflash_train.training.accelerator import build_accelerator
 from dflash_train.training.batching import Pack
+from dflash_train.training.optimizer_step import StepResult
 from dflash_train.training.progress import CLOCKED
 from dflash_train.training.replay import replay_many
 from dflash_train.training.stage import train
-from dflash_train.training.trainer import StepResult, Trainer
+from dflash_train.training.trainer import Trainer
 from dflash_train.training.vocabulary import count_labels
 
 FILES = ("best/config.json", "best/model.safetensors", "last/config.json", "last/model.safetensors")
