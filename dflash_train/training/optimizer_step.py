@@ -7,13 +7,17 @@ denominator, so how a step is split changes nothing but rounding.
 from dataclasses import dataclass, replace
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from dflash_train.config import RecipeConfig, require
 from dflash_train.drafter.model import Drafter
 from dflash_train.features.frozen_head import FrozenHead
-from dflash_train.training.accelerator import micro_batch, prepare_training, sum_over_ranks
+from dflash_train.training.accelerator import (
+    Accelerator,
+    micro_batch,
+    prepare_training,
+    sum_over_ranks,
+)
 from dflash_train.training.averaging import AveragedDrafter
 from dflash_train.training.batching import TrainingBatch
 from dflash_train.training.drafter_loss import DrafterLoss, whole_drafter

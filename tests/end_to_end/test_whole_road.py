@@ -120,7 +120,8 @@ def test_two_processes_train_one_drafter(runs: Path, tiny_overrides: list[str]) 
     environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.splitlines() == [str(runs / RUN / "checkpoint")]
+    told = [line for line in result.stdout.splitlines() if "real_accelerator.py" not in line]
+    assert told == [str(runs / RUN / "checkpoint")]  # DeepSpeed, where installed, tells more
     written = manifest(runs, "checkpoint")
     written.verify_outputs(runs / RUN / "checkpoint")
     assert written.details["processes"] == 2
