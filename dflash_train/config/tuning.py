@@ -24,6 +24,12 @@ class TuneConfig:
     patience: int = 3
     """Validations in a row without a better acceptance length after which a tuning stops; it is
     `training.patience` there, and the drafter that it starts from counts as the first."""
+    blends: list[float] = field(default_factory=lambda: [1.0, 0.75, 0.5, 0.25])
+    """Shares of the tuned weights in the candidate; the rest is what it started from. The largest
+    is taken at which, by replay on validation windows here and in earlier runs, nobody loses more
+    than half of `tenant_margin`. A single one is taken as it is."""
+    blend_rows: int = 48
+    """Validation rows of each tenant that are replayed for a blend, at most."""
     min_requests: int = 100
     """Fewest requests of the newest window on which a candidate is promoted."""
     tenant_margin: float = 0.02
@@ -48,7 +54,14 @@ class TuneConfig:
             self.lr_factor > 0,
             f"tune.lr_factor (={self.lr_factor}) must be above 0. Set it to 0.3.",
         )
-        for name in ("patience", "min_requests"):
+        require(
+            bool(self.blends)
+            and all(0 < share <= 1 for share in self.blends)
+            and len(set(self.blends)) == len(self.blends),
+            f"tune.blends (={self.blends}) must be shares above 0 up to 1, none twice. Set it to "
+            "[1.0] for the tuned weights as they are.",
+        )
+        for name in ("patience", "min_requests", "blend_rows"):
             value = getattr(self, name)
             require(value >= 1, f"tune.{name} (={value}) must be at least 1.")
         require(

@@ -61,6 +61,16 @@ def earlier_window_inputs(workshop: Workshop) -> dict[str, str]:
     return {f"earlier {place}": _hash(config, place, _TEST) for place in range(_num(config))}
 
 
+def earlier_validation_inputs(workshop: Workshop) -> dict[str, str]:
+    """Hash the validation windows of earlier runs.
+
+    Raises:
+        ValueError: A run has no features, or those of another target.
+    """
+    config = workshop.config
+    return {f"earlier {place}": _hash(config, place, _VALIDATION) for place in range(_num(config))}
+
+
 def with_replayed_rows(workshop: Workshop, own: RowSource, *, verify: bool) -> RowSource:
     """Give the training split with rows of earlier runs, as far as the recipe names some.
 
@@ -114,9 +124,22 @@ def earlier_window(config: RecipeConfig, *, verify: bool) -> RowSource | None:
     Raises:
         ValueError: An earlier run does not fit, or its files are damaged.
     """
+    return _held_out(config, _TEST, verify=verify)
+
+
+def earlier_validation(config: RecipeConfig, *, verify: bool) -> RowSource | None:
+    """Give the validation rows of earlier runs that are not this run's; None if there is none.
+
+    Raises:
+        ValueError: An earlier run does not fit, or its files are damaged.
+    """
+    return _held_out(config, _VALIDATION, verify=verify)
+
+
+def _held_out(config: RecipeConfig, split: str, *, verify: bool) -> RowSource | None:
     if not config.tune.replay_from:
         return None
-    older = [_open(config, place, _TEST, verify=verify) for place in range(_num(config))]
+    older = [_open(config, place, split, verify=verify) for place in range(_num(config))]
     own = [_own(config, split) for split in (_TRAIN, _VALIDATION, _TEST)]
     return ChosenRows(older[0].folder, unseen_places(older, Seen.of(rows=own, conversations=own)))
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from dflash_train.config import RecipeConfig
 from dflash_train.records.manifest import Manifest
 from dflash_train.stages import inputs, work
-from dflash_train.stages.tune import judging
+from dflash_train.stages.tune import blending, judging
 from dflash_train.stages.tune.start import TUNING_FOLDER
 from dflash_train.stages.workshop import SAMPLE_FOLDER, Workshop
 
@@ -126,6 +126,18 @@ STAGES = (
         more_inputs=inputs.report_inputs,
     ),
 )  # fmt: skip
+BLEND = Stage(
+    name="blend",
+    folder=blending.BLEND_FOLDER,
+    settings=(
+        *_TARGET, "tune.blends", "tune.blend_rows", "tune.tenant_margin", "evaluate.seed",
+    ),
+    upstream=("collect", "train"),
+    execute=blending.blend,
+    target_from="collect",
+    more_inputs=blending.blending_inputs,
+)  # fmt: skip
+"""Mixes what training has found with what it began from; only the verb `tune` walks here."""
 TUNE = Stage(
     name="tune",
     folder=TUNING_FOLDER,
@@ -137,8 +149,8 @@ TUNE = Stage(
     target_from="collect",
     more_inputs=judging.judging_inputs,
 )  # fmt: skip
-"""Judges what the stages before have trained; only the verb `tune` walks here."""
-_BY_NAME = {stage.name: stage for stage in (SAMPLE_TRAFFIC, *STAGES, TUNE)}
+"""Judges what the stages before have made; only the verb `tune` walks here."""
+_BY_NAME = {stage.name: stage for stage in (SAMPLE_TRAFFIC, *STAGES, BLEND, TUNE)}
 
 
 def stage_named(name: str) -> Stage:

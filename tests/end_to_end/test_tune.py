@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from dflash_train.cli import main
 from dflash_train.drafter.checkpoint import drafter_hash
@@ -212,6 +213,35 @@ def test_a_tuning_that_cannot_begin_says_why_and_writes_nothing(
     assert Registry(Path("registry")).history() == before
     assert not Path("empty").exists()
     assert not Path("runs/other").exists()
+
+
+@pytest.mark.usefixtures("_in_alone")
+def test_where_the_tuned_weights_forget_somebody_the_candidate_takes_a_part_of_them():
+    words = ["name=part", "tune.replay_from=[runs/old]", "tune.replay_share=0"]
+    assert main([*TUNE, *words]) == 0
+    found = json.loads(Path("runs/part/blend/blends.json").read_bytes())
+    whole, *parts = found["measured"]
+    assert whole["share"] == 1
+    assert whole["worst"] < -0.01  # birch, whom the earlier run validates with
+    assert parts
+    assert all(part["worst"] > whole["worst"] for part in parts)
+    allowed = [part["share"] for part in parts if part["worst"] >= -0.01]
+    smallest_loss = max(found["measured"], key=lambda each: each["worst"])["share"]
+    assert found["share"] == (allowed or [smallest_loss])[0] < 1
+    weights = {
+        name: load_file(Path(folder) / "model.safetensors")
+        for name, folder in {
+            "start": "runs/old/checkpoint/best",
+            "tuned": "runs/part/checkpoint/best",
+            "candidate": "runs/part/blend/candidate",
+        }.items()
+    }
+    for name, tensor in weights["candidate"].items():
+        want = torch.lerp(weights["start"][name], weights["tuned"][name], found["share"])
+        assert torch.equal(tensor, want)
+    verdict = verdict_of("part")
+    assert verdict["candidate"] == drafter_hash(Path("runs/part/blend/candidate"))
+    assert not verdict["doctor"]["failed"]
 
 
 @pytest.mark.usefixtures("_in_alone")

@@ -12,8 +12,14 @@ from dflash_train.features.store import FeatureStore, read_index
 from dflash_train.records.manifest import Manifest
 from dflash_train.release.registry import short_name
 from dflash_train.stages import estimates
-from dflash_train.stages.earlier_runs import described, earlier_window, mix
-from dflash_train.stages.table import TUNE
+from dflash_train.stages.earlier_runs import (
+    described,
+    earlier_validation,
+    earlier_window,
+    mix,
+)
+from dflash_train.stages.table import BLEND, TUNE
+from dflash_train.stages.tune.blending import some_of_each_tenant
 from dflash_train.stages.tune.rule_book import BOOK_NAME
 from dflash_train.stages.tune.start import Tuning, plan_tuning
 from dflash_train.stages.tune.walk import looking_again, stage_names
@@ -101,6 +107,22 @@ def _train(config: RecipeConfig) -> Iterator[str]:
     yield from estimates.estimate_training(config)
 
 
+def _blend(config: RecipeConfig) -> Iterator[str]:
+    tune = config.tune
+    if len(tune.blends) == 1:
+        yield f"{tune.blends[0]:.0%} of the tuning, as tune.blends says"
+        return
+    folder = config.run_dir / "features" / "validation"
+    own = FeatureStore.open(folder, verify=False, needs_features=False)
+    earlier = earlier_validation(config, verify=False)
+    windows = [own] if earlier is None else [own, earlier]
+    num_answers = sum(len(some_of_each_tenant(rows, tune.blend_rows)) for rows in windows)
+    yield (
+        f"the start and up to {len(tune.blends)} blends on {num_answers} validation answers, here "
+        "and in earlier runs"
+    )
+
+
 def _judge(config: RecipeConfig) -> Iterator[str]:
     num_answers = len(read_index(config.run_dir / "features" / "test"))
     earlier = earlier_window(config, verify=False)
@@ -114,6 +136,7 @@ _ESTIMATES: dict[str, tuple[tuple[str, ...], _Estimate]] = {
     "regenerate": (("conversations",), estimates.estimate_regeneration),
     "collect": (("conversations", "regenerated"), estimates.estimate_collection),
     "train": (("features",), _train),
+    BLEND.name: (("features",), _blend),
     TUNE.name: (("features",), _judge),
 }
 """By stage: the folders of a run that its estimate needs, and the estimate."""

@@ -24,6 +24,7 @@ from dflash_train.stages.drafters import import_drafter
 from dflash_train.stages.earlier_runs import earlier_window, earlier_window_inputs
 from dflash_train.stages.examination import decode_prompts
 from dflash_train.stages.online import open_rows
+from dflash_train.stages.tune.blending import BLEND_FOLDER, candidate_folder
 from dflash_train.stages.tune.rule_book import RuleBook, read_book
 from dflash_train.stages.tune.start import TUNING_FOLDER, ending
 from dflash_train.stages.workshop import Workshop
@@ -41,7 +42,12 @@ def judging_inputs(workshop: Workshop) -> dict[str, str]:
         ValueError: The rule is not written, or an earlier run does not fit.
     """
     book = _book_of(workshop)
-    found = {"rule": book.hash, "incumbent": book.incumbent}
+    blend = Manifest.read(workshop.config.run_dir / BLEND_FOLDER)
+    found = {
+        "rule": book.hash,
+        "incumbent": book.incumbent,
+        "blend": "none yet" if blend is None else blend.hash,
+    }
     return found | earlier_window_inputs(workshop)
 
 
@@ -49,12 +55,12 @@ def judge_candidate(workshop: Workshop, manifest: Manifest) -> None:
     """Write verdict and traces, switch the registry, and write the manifest last."""
     config, book = workshop.config, _book_of(workshop)
     registry = Registry(Path(config.tune.registry))
-    folder, best = config.run_dir / TUNING_FOLDER, config.run_dir / "checkpoint" / "best"
-    candidate = registry.store(best)
+    folder, place = config.run_dir / TUNING_FOLDER, candidate_folder(config)
+    candidate = registry.store(place)
     registry.nominate(candidate, facts={"rule": book.hash, "run": config.name})
     _replay_both(workshop, registry, book=book, candidate=candidate)
     gains = _gains(folder, book.rule)
-    findings = _examine(workshop, best)
+    findings = _examine(workshop, place)
     failed = [each.check for each in findings if each.status is Status.failed]
     verdict = judge(book.rule, traffic=gains[0], tenants=gains[1:], failed_checks=failed)
     verdict = replace(verdict, remarks=verdict.remarks + _remarks(workshop, book, candidate))

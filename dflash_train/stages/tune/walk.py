@@ -15,7 +15,7 @@ import orjson
 
 from dflash_train.config import RecipeConfig, require
 from dflash_train.release.registry import PROMOTED, Event, Registry
-from dflash_train.stages.table import TUNE, stages_of
+from dflash_train.stages.table import BLEND, TUNE, stages_of
 from dflash_train.stages.tune.judging import read_verdict
 from dflash_train.stages.tune.rule_book import BOOK_NAME
 from dflash_train.stages.tune.start import (
@@ -92,7 +92,7 @@ def tune(config: RecipeConfig, *, force: bool = False) -> Outcome:
 def stage_names(config: RecipeConfig) -> list[str]:
     """List the stages of a tuning in order."""
     names = [stage.name for stage in stages_of(config) if stage.name not in _NOT_HERE]
-    return [*names, TUNE.name]
+    return [*names, BLEND.name, TUNE.name]
 
 
 def looking_again(workshop: Workshop, tuning: Tuning) -> Tuning:
