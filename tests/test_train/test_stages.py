@@ -2,7 +2,7 @@ from pathlib import Path
 
 from dflash_train.config import compose, to_plain
 from dflash_train.stages.inputs import log_inputs
-from dflash_train.stages.table import SAMPLE_TRAFFIC, STAGES, TUNE
+from dflash_train.stages.table import BLEND, SAMPLE_TRAFFIC, STAGES, TUNE
 from dflash_train.stages.workshop import Workshop
 
 
@@ -47,7 +47,7 @@ def test_every_key_of_a_recipe_belongs_to_a_stage_or_is_known_to_change_no_resul
         "tune.replay_from", "tune.replay_share",  # inputs of train, by content
         "tune.lr_factor", "tune.patience",  # become optim.lr and training.patience
     }  # fmt: skip
-    known = harmless.union(*(stage.settings for stage in (SAMPLE_TRAFFIC, *STAGES, TUNE)))
+    known = harmless.union(*(stage.settings for stage in (SAMPLE_TRAFFIC, *STAGES, BLEND, TUNE)))
     recipe = to_plain(compose(["recipe=smollm2"]))
     keys = {
         f"{group}.{key}" if isinstance(value, dict) else group

@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import orjson
 import torch
@@ -30,9 +30,6 @@ from dflash_train.stages.drafters import import_drafter
 from dflash_train.stages.earlier_runs import earlier_validation, earlier_validation_inputs
 from dflash_train.stages.online import open_rows
 from dflash_train.stages.workshop import Workshop
-
-if TYPE_CHECKING:  # only this verb's stages need the package of inference
-    from dflash_inference.trace import DecodeTrace
 
 BLEND_FOLDER = "blend"
 _OWN, _EARLIER = "traffic", "earlier runs"
@@ -158,12 +155,13 @@ def _measure(workshop: Workshop, best: Path) -> Iterator[Blend]:
 @torch.no_grad()
 def _replayed(
     workshop: Workshop, windows: dict[str, RowSource], drafter: Drafter, *, name: str
-) -> "dict[str, list[DecodeTrace]]":
+) -> dict[str, list[Any]]:
+    """Give the traces of a drafter, by window."""
     from dflash_inference.evaluate import replay_each_row
 
     target = workshop.target
     drafter = drafter.to(target.device).eval()
-    found: dict[str, list[DecodeTrace]] = {}
+    found: dict[str, list[Any]] = {}
     with tqdm(total=sum(map(len, windows.values())), desc=name, unit="answer") as bar:
         for window, rows in windows.items():
             answers = (rows[place] for place in range(len(rows)))
