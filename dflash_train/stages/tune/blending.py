@@ -106,12 +106,17 @@ def choose(measured: Iterable[Blend], *, least: float) -> tuple[Blend, list[Blen
 
 
 def blended(start: Drafter, tuned: Drafter, share: float) -> Drafter:
-    """Give a drafter of mixed weights, `(1 - share) * start + share * tuned`."""
+    """Give a drafter of mixed weights, `(1 - share) * start + share * tuned`, on the CPU.
+
+    Both may lie on different devices: a replay moves the one that it takes.
+    """
     with torch.random.fork_rng():
         drafter = Drafter(tuned.config).to(tuned.fc.weight.dtype)
     old = start.state_dict()
     mixed = {
-        name: torch.lerp(old[name], tensor, share) if tensor.is_floating_point() else tensor
+        name: torch.lerp(old[name].to(tensor.device), tensor, share)
+        if tensor.is_floating_point()
+        else tensor
         for name, tensor in tuned.state_dict().items()
     }
     drafter.load_state_dict(mixed)
