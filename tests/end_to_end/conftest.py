@@ -1,10 +1,19 @@
 """The whole road on a tiny random target: seconds instead of half an hour."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from dflash_train.testing import MASK_TOKEN_ID, save_tiny_target
+
+
+@pytest.fixture(autouse=True)
+def _threads_as_before() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)  # recipes set their own
 
 
 @pytest.fixture(scope="session")

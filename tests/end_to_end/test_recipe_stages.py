@@ -29,13 +29,6 @@ RECURRENT = ("qwen3_5",)
 STAGES = ("regenerate", "collect", "train", "replay", "equivalence", "export", "doctor")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)  # the recipe sets its own
-
-
 @pytest.fixture(scope="module")
 def table() -> Iterator[dict[str, dict[str, str]]]:
     """What each stage said, by recipe; printed when the last recipe is through."""

@@ -7,7 +7,6 @@ forgets birch; with rows of the earlier run among the new ones it does not.
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +44,6 @@ def write_logs(folder: Path) -> None:
     new = [call("alder", number, number) for number in range(NUM_ALDER)]
     new += [call("birch", number, NUM_ALDER - 50 + number / 2) for number in range(NUM_BIRCH)]
     (folder / "new.jsonl").write_text("".join(new))
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

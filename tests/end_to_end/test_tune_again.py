@@ -1,11 +1,9 @@
 """`tune` on a run that has ended: the same command, a changed log, `--force`."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from dflash_train.cli import main
 from dflash_train.drafter.checkpoint import drafter_hash
@@ -26,13 +24,6 @@ from tests.end_to_end.tunings import (
 REGISTRY = Registry(Path("registry"))
 AGAIN = [*TUNE, NEW, "init=registry/current"]
 """The command of the promoted run as it may be given every week: `current` has moved since."""
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,9 @@
 """`tune` without a feature store: the target reads rows while the drafter learns from them."""
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from dflash_train.cli import main
 from dflash_train.drafter.checkpoint import drafter_hash, save_checkpoint
@@ -23,13 +21,6 @@ from tests.end_to_end.tunings import (
 )
 
 ONLINE = "data.features=online"
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """What a tuning starts from: drafters in each layout that can be read, and some that do not fit."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,6 @@ from tests.end_to_end.tunings import (
 )
 
 SHORT = "training.max_steps=20"
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
