@@ -24,10 +24,10 @@ class TuneConfig:
     patience: int = 3
     """Validations in a row without a better acceptance length after which a tuning stops; it is
     `training.patience` there, and the drafter that it starts from counts as the first."""
-    blends: list[float] = field(default_factory=lambda: [1.0, 0.75, 0.5, 0.25])
+    blends: list[float] = field(default_factory=lambda: [place / 10 for place in range(10, 0, -1)])
     """Shares of the tuned weights in the candidate; the rest is what it started from. The largest
     is taken at which, by replay on validation windows here and in earlier runs, nobody loses more
-    than half of `tenant_margin`. A single one is taken as it is."""
+    than half of `tenant_margin`; it is looked for by halves. A single one is taken as it is."""
     blend_rows: int = 48
     """Validation rows of each tenant that are replayed for a blend, at most."""
     min_requests: int = 100

@@ -1,6 +1,6 @@
 """How much of a tuning its candidate takes over: the mixture, the choice, the rows behind it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +11,13 @@ from dflash_train.config import compose
 from dflash_train.features.mixed_rows import ChosenRows
 from dflash_train.features.store import FeatureRow, FeatureStore
 from dflash_train.features.target import Target
-from dflash_train.stages.tune.blending import Blend, blended, choose, some_of_each_tenant
+from dflash_train.stages.tune.blending import (
+    Blend,
+    blended,
+    choose,
+    most_measured,
+    some_of_each_tenant,
+)
 from dflash_train.testing import VARIANTS, tiny_drafter
 
 
@@ -40,24 +46,44 @@ def blend(share: float, worst: float) -> Blend:
     return Blend(share=share, gain=share, worst=worst, whose="birch")
 
 
-def test_the_first_blend_at_which_nobody_loses_is_taken_and_no_other_is_measured():
-    asked: list[float] = []
+TENTHS = [place / 10 for place in range(10, 0, -1)]
 
-    def measured() -> Iterator[Blend]:
-        for each in (blend(1, -0.06), blend(0.75, -0.02), blend(0.5, -0.01), blend(0.25, 0.01)):
-            asked.append(each.share)
-            yield each
 
-    chosen, seen = choose(measured(), least=-0.01)
-    assert chosen.share == 0.5
-    assert asked == [each.share for each in seen] == [1, 0.75, 0.5]
+@pytest.mark.parametrize(
+    ("losing_above", "asked"),
+    [
+        (1.0, [1.0]),
+        (0.9, [1.0, 0.5, 0.7, 0.8, 0.9]),
+        (0.4, [1.0, 0.5, 0.2, 0.3, 0.4]),
+        (0.1, [1.0, 0.5, 0.2, 0.1]),
+    ],
+)
+def test_the_largest_share_at_which_nobody_loses_is_found_by_halves(
+    losing_above: float, asked: list[float]
+):
+    def measure(share: float) -> Blend:
+        return blend(share, -0.01 if share <= losing_above else -0.02)
+
+    chosen, seen = choose(TENTHS, measure, least=-0.01)
+    assert chosen.share == losing_above
+    assert [each.share for each in seen] == asked
+
+
+@pytest.mark.parametrize("number", range(1, 12))
+def test_a_dry_run_knows_how_many_shares_are_looked_at(number: int):
+    shares = list(range(number, 0, -1))
+    lengths = [
+        len(choose(shares, lambda share: blend(share, -share), least=-limit)[1])
+        for limit in range(number + 1)
+    ]
+    assert max(lengths) == most_measured(number)
 
 
 def test_where_somebody_loses_in_all_blends_the_smallest_loss_is_taken():
-    blends = [blend(1, -0.06), blend(0.75, -0.02), blend(0.5, -0.03)]
-    chosen, seen = choose(blends, least=-0.01)
-    assert chosen.share == 0.75
-    assert seen == blends
+    worst = {1.0: -0.06, 0.75: -0.03, 0.5: -0.02, 0.25: -0.03}
+    chosen, seen = choose(list(worst), lambda share: blend(share, worst[share]), least=-0.01)
+    assert chosen.share == 0.5
+    assert [each.share for each in seen] == [1.0, 0.5, 0.25]
 
 
 def test_each_tenant_has_rows_up_to_the_number_spread_over_its_own(

@@ -10,7 +10,7 @@ Nothing is trained for it.
 import shutil
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -74,8 +74,9 @@ def blend(workshop: Workshop, manifest: Manifest) -> None:
     measured: list[Blend] = []
     share = config.tune.blends[0]
     if len(config.tune.blends) > 1:
+        shares = sorted(config.tune.blends, reverse=True)
         least = -_ROOM * config.tune.tenant_margin
-        chosen, measured = choose(_measure(workshop, best), least=least)
+        chosen, measured = choose(shares, _measuring(workshop, best), least=least)
         share = chosen.share
         _say(measured, share)
     _write_candidate(workshop, best, share)
@@ -89,20 +90,41 @@ def blend(workshop: Workshop, manifest: Manifest) -> None:
     manifest.write(folder)
 
 
-def choose(measured: Iterable[Blend], *, least: float) -> tuple[Blend, list[Blend]]:
-    """Choose the first blend at which nobody's gain is below `least`; later ones are not measured.
+def choose(
+    shares: Sequence[float], measure: Callable[[float], Blend], *, least: float
+) -> tuple[Blend, list[Blend]]:
+    """Find the largest share at which nobody's gain is below `least`.
 
-    Where there is none, the one whose worst loss is smallest.
+    The largest share is measured first, then the others are halved: what is lost is taken to grow
+    with the share, so few of them are measured. Where somebody loses at every share that was
+    measured, it is the one whose worst loss is smallest.
+
+    Args:
+        shares: The largest first.
+        measure: Replays one.
+        least: Relative gain, at most 0 as a rule.
 
     Returns:
-        The chosen one, and all that were looked at.
+        The chosen one, and all that were measured, in order.
     """
-    seen: list[Blend] = []
-    for each in measured:
-        seen.append(each)
-        if each.worst >= least:
-            return each, seen
+    seen = [measure(shares[0])]
+    first, last = (0, 0) if seen[0].worst >= least else (1, len(shares))
+    while first < last:  # the answer is one of first..last, `last` if nobody loses there
+        middle = (first + last) // 2
+        seen.append(measure(shares[middle]))
+        if seen[-1].worst >= least:
+            last = middle
+        else:
+            first = middle + 1
+    fitting = [each for each in seen if each.worst >= least]
+    if fitting:
+        return max(fitting, key=lambda each: each.share), seen
     return max(seen, key=lambda each: each.worst), seen
+
+
+def most_measured(num_shares: int) -> int:
+    """Give how many of so many shares `choose` measures at most."""
+    return 1 + (num_shares - 1).bit_length()
 
 
 def blended(start: Drafter, tuned: Drafter, share: float) -> Drafter:
@@ -123,8 +145,8 @@ def blended(start: Drafter, tuned: Drafter, share: float) -> Drafter:
     return drafter.eval()
 
 
-def _measure(workshop: Workshop, best: Path) -> Iterator[Blend]:
-    """Replay the start and then each blend, and yield what it gains."""
+def _measuring(workshop: Workshop, best: Path) -> Callable[[float], Blend]:
+    """Replay the start, and give what replays a share and says what it gains."""
     from dflash_inference.paired_gains import paired_gains
 
     config = workshop.config
@@ -133,7 +155,8 @@ def _measure(workshop: Workshop, best: Path) -> Iterator[Blend]:
         import_drafter(folder, config.target).drafter for folder in (_start(workshop), best)
     )
     before = _replayed(workshop, windows, start, name="start")
-    for share in sorted(config.tune.blends, reverse=True):
+
+    def measure(share: float) -> Blend:
         mixed = blended(start, tuned, share)
         after = _replayed(workshop, windows, mixed, name=f"blend {share:g}")
         gains = [
@@ -149,12 +172,14 @@ def _measure(workshop: Workshop, best: Path) -> Iterator[Blend]:
             )
         ]
         worst = min(gains, key=lambda gain: gain.difference.value)
-        yield Blend(
+        return Blend(
             share=share,
             gain=gains[0].difference.value,
             worst=worst.difference.value,
             whose=worst.name,
         )
+
+    return measure
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from dflash_train.stages.earlier_runs import (
     mix,
 )
 from dflash_train.stages.table import BLEND, TUNE
-from dflash_train.stages.tune.blending import some_of_each_tenant
+from dflash_train.stages.tune.blending import most_measured, some_of_each_tenant
 from dflash_train.stages.tune.rule_book import BOOK_NAME
 from dflash_train.stages.tune.start import Tuning, plan_tuning
 from dflash_train.stages.tune.walk import looking_again, stage_names
@@ -118,7 +118,7 @@ def _blend(config: RecipeConfig) -> Iterator[str]:
     windows = [own] if earlier is None else [own, earlier]
     num_answers = sum(len(some_of_each_tenant(rows, tune.blend_rows)) for rows in windows)
     yield (
-        f"the start and up to {len(tune.blends)} blends on {num_answers} validation answers, here "
+        f"the start and up to {most_measured(len(tune.blends))} blends on {num_answers} validation answers, here "
         "and in earlier runs"
     )
 
