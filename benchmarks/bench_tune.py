@@ -5,7 +5,8 @@
 
 Two sets of tenants (`tune_logs.py`); each begins with a drafter that was trained on the other set
 alone. It is tuned to either of two tenants, on that tenant's log alone and with older rows of
-everybody else among it, and once to both tenants in twice the time. All figures are those of
+everybody else among it, as it is and blended with the drafter that it began from, and once to both
+tenants in twice the time. All figures are those of
 `dflash-train tune`: paired gains by replay on newest windows. DIR holds `gsm8k`, `gsm8k_smollm2`
 and `oasst`. The minutes become steps once, in a set's first tuning, and hold for the others.
 Everything is kept below `--out`, and an interrupted bench goes on. The last line is one JSON
@@ -28,6 +29,7 @@ from benchmarks.tune_runs import (
     Protocol,
     TenantSet,
     TuningRun,
+    Way,
     calibrated_steps,
     collect_own_run,
     generic_drafter,
@@ -44,7 +46,7 @@ from dflash_train.stages.tune.start import TUNING_FOLDER
 from dflash_train.training.accelerator import threads_per_process
 
 GOALS = {"gain": 0.15, "gain_low": 0.05, "loss": -0.02, "num_requests": 200}
-"""Of the tuned tenant with replayed rows, at least; of every other tenant, at least."""
+"""Of the tuned tenant, at least; of every other tenant, at least. They are those of `blended`."""
 Figures = dict[str, Any]
 
 
@@ -62,19 +64,17 @@ def measure(protocol: Protocol, tenants: TenantSet) -> Figures:
     num_steps = protocol.num_steps
     found: dict[str, dict[str, TuningRun]] = {name: {} for name in tenants.tuned}
     for name in tenants.tuned:
-        for kind, share in (("replayed", protocol.replay_share), ("alone", 0.0)):
-            run = tune_to(
-                protocol, tenants, (name,), start=start, replay_share=share, num_steps=num_steps
-            )
-            found[name][kind] = run
+        for way in (Way.replayed, Way.blended, Way.alone):
+            run = tune_to(protocol, tenants, (name,), way=way, start=start, num_steps=num_steps)
+            found[name][way] = run
             num_steps = num_steps or calibrated_steps(run)
     assert num_steps is not None
     both = tune_to(
         protocol,
         tenants,
         tenants.tuned,
+        way=Way.blended,
         start=start,
-        replay_share=protocol.replay_share,
         num_steps=2 * num_steps,
     )
     return {
@@ -86,7 +86,7 @@ def measure(protocol: Protocol, tenants: TenantSet) -> Figures:
         "both": {
             "gains": both.verdict["gains"],
             "over_one_each": {
-                name: asdict(_over(both, kinds["replayed"])) for name, kinds in found.items()
+                name: asdict(_over(both, kinds[Way.blended])) for name, kinds in found.items()
             },
         },
     }
@@ -141,7 +141,7 @@ def table(name: str, figures: Figures) -> str:
             )
     for gain in figures["both"]["gains"]:
         cells = [str(gain["num_requests"]), f"{gain['incumbent']:.2f}", _shown(gain), "", "", ""]
-        rows.append([f"{name}: both, replayed; {gain['name']}", *cells])
+        rows.append([f"{name}: both, blended; {gain['name']}", *cells])
     head = ["tuned to", "requests", "before", "gain", "loses most", "by", "verdict"]
     return markdown_table(head, rows)
 

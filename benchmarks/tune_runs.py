@@ -9,8 +9,11 @@ and with `tune.replay_share` above 0 their older rows are trained on again.
 import os
 import shutil
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
+
+import orjson
 
 from benchmarks.bench_runs import tell
 from benchmarks.gsm8k_data import link_data
@@ -29,7 +32,7 @@ from benchmarks.tune_logs import (
 from dflash_data.privacy.pseudonyms import load_pseudonyms
 from dflash_train.config import RecipeConfig, compose, require
 from dflash_train.features.target_text import load_target_text
-from dflash_train.records.manifest import Manifest
+from dflash_train.records.manifest import Manifest, write_bytes
 from dflash_train.stages.tune.walk import tune
 from dflash_train.stages.walk import run_stage
 from dflash_train.stages.workshop import Workshop
@@ -166,6 +169,22 @@ def generic_drafter(protocol: Protocol, tenants: TenantSet) -> str:
     return str(workshop.checkpoint)
 
 
+class Way(StrEnum):
+    """How a tuning is done, and what of it is judged."""
+
+    alone = "alone"
+    """On the tenant's log, the tuned weights as they are."""
+    replayed = "replayed"
+    """With older rows of everybody else, the weights as they are."""
+    blended = "blended"
+    """The same training; the candidate is `tune`'s own choice between old and tuned weights."""
+
+    @property
+    def run(self) -> str:
+        """Name of the run's folder: two ways share a training."""
+        return Way.alone if self is Way.alone else Way.replayed
+
+
 @dataclass(frozen=True, kw_only=True)
 class TuningRun:
     """A finished tuning."""
@@ -180,8 +199,8 @@ def tune_to(
     tenants: TenantSet,
     names: tuple[str, ...],
     *,
+    way: Way,
     start: str,
-    replay_share: float,
     num_steps: int | None,
 ) -> TuningRun:
     """Run `dflash-train tune` on the logs of some tenants of a set; a finished one is read.
@@ -190,34 +209,38 @@ def tune_to(
         protocol: Minutes, settings, place.
         tenants: The set.
         names: One tenant, or both tuned ones.
+        way: How; `replayed` comes before `blended`, which judges the same run again.
         start: The generic drafter.
-        replay_share: Share of older rows of everybody else; 0 trains on the log alone.
         num_steps: Length of the training; None turns the protocol's minutes into steps.
     """
-    kind = "replayed" if replay_share else "alone"
     length = (
         _for_minutes(f"training.minutes={protocol.minutes}")
         if num_steps is None
         else [f"training.max_steps={num_steps}"]
     )
     logs, place = _logs_of(tenants, names)
-    name = f"{tenants.name}-{logs}-{kind}"
+    name = f"{tenants.name}-{logs}-{way.run}"
     runs = [str(protocol.out / "runs" / each) for each in (OTHER[tenants.name].name, tenants.name)]
     given = [
         *length,
         _logs(place),
         f"init={start}",
-        f"tune.replay_share={replay_share}",
+        f"tune.replay_share={0.0 if way is Way.alone else protocol.replay_share}",
         f"tune.replay_from=[{','.join(runs)}]",
         f"tune.registry={protocol.out / 'registries' / name}",
+        *([] if way is Way.blended else ["tune.blends=[1.0]"]),
     ]
     config = _placed(protocol, _recipe(protocol, tenants, name, given))
-    collected = _collected_by(tenants, names, replay_share)
+    collected = _collected_by(tenants, names, way)
     if collected is not None:
         link_data(config.run_dir, protocol.out / "runs" / collected)
-    tell(BENCH, f"{name}: {num_steps or f'{protocol.minutes:g} minutes'}")
-    outcome = tune(config)
-    return TuningRun(config=config, verdict=_with_names(outcome.verdict, config, tenants))
+    kept = protocol.out / "verdicts" / f"{tenants.name}-{logs}-{way}.json"
+    if way is Way.replayed and (verdict := _kept(kept, config)) is not None:
+        return TuningRun(config=config, verdict=verdict)
+    tell(BENCH, f"{name}, {way}: {num_steps or f'{protocol.minutes:g} minutes'}")
+    verdict = _with_names(tune(config).verdict, config, tenants)
+    write_bytes(kept, orjson.dumps({"training": _training(config), "verdict": verdict}))
+    return TuningRun(config=config, verdict=verdict)
 
 
 def calibrated_steps(run: TuningRun) -> int:
@@ -225,6 +248,20 @@ def calibrated_steps(run: TuningRun) -> int:
     manifest = Manifest.read(run.config.run_dir / "checkpoint")
     assert manifest is not None, "a finished tuning has trained"
     return int(manifest.details["calibration"]["max_steps"])
+
+
+def _training(config: RecipeConfig) -> str | None:
+    """Name the training that a run holds; None before its end."""
+    manifest = Manifest.read(config.run_dir / "checkpoint")
+    return None if manifest is None else manifest.hash
+
+
+def _kept(path: Path, config: RecipeConfig) -> dict[str, Any] | None:
+    """Read the verdict over a training that was judged in another way since."""
+    if not path.exists():
+        return None
+    found = orjson.loads(path.read_bytes())
+    return found["verdict"] if found["training"] == _training(config) else None
 
 
 def _recipe(protocol: Protocol, tenants: TenantSet, name: str, more: list[str]) -> RecipeConfig:
@@ -275,12 +312,12 @@ def _logs_of(tenants: TenantSet, names: tuple[str, ...]) -> tuple[str, str]:
     return "pair", f"{tenants.name}-pair" if tenants.others else tenants.name
 
 
-def _collected_by(tenants: TenantSet, names: tuple[str, ...], replay_share: float) -> str | None:
+def _collected_by(tenants: TenantSet, names: tuple[str, ...], way: Way) -> str | None:
     """Name the run that has collected the same logs before: features take gigabytes."""
     first, *more = names
     if more:
         return None if tenants.others else tenants.name
-    return None if replay_share else f"{tenants.name}-{first}-replayed"
+    return f"{tenants.name}-{first}-{Way.replayed}" if way is Way.alone else None
 
 
 def _link_pair(protocol: Protocol, tenants: TenantSet) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.bench_tune import main, measure
 from benchmarks.tune_logs import Call, spread_over_time, write_logs
-from benchmarks.tune_runs import FLEET, SETS, Protocol
+from benchmarks.tune_runs import FLEET, SETS, Protocol, Way
 from dflash_train.records.manifest import Manifest
 from dflash_train.release.registry import Registry
 from dflash_train.testing import MASK_TOKEN_ID, save_tiny_target
@@ -68,16 +68,22 @@ def test_each_tuning_measures_its_tenant_and_everybody_else_and_is_resumed(
     runs = protocol.out / "runs"
     for tenant in FLEET.tuned:
         trained = {}
-        for kind in ("alone", "replayed"):
-            found = figures["tuned"][tenant][kind]
+        for way in Way:
+            found = figures["tuned"][tenant][way]
             assert found["gain"]["num_requests"] == 4
             # All but the own tenant: four others of the fleet, two of the prompts; 4 calls or 5.
             others = found["others"]
             assert sum(gain["num_requests"] for gain in others) >= 4 * (len(SETS) * 3)
-            manifest = Manifest.read(runs / f"fleet-{tenant}-{kind}" / "checkpoint")
+            manifest = Manifest.read(runs / f"fleet-{tenant}-{way.run}" / "checkpoint")
             assert manifest is not None
-            trained[kind] = manifest.details["training_rows"]
-        assert trained["replayed"] > trained["alone"]
+            trained[way] = manifest.details["training_rows"]
+        assert trained[Way.replayed] == trained[Way.blended] > trained[Way.alone]
+        blends = {
+            way: json.loads((runs / f"fleet-{tenant}-{way.run}/blend/blends.json").read_bytes())
+            for way in (Way.alone, Way.blended)
+        }
+        assert (blends[Way.alone]["share"], blends[Way.alone]["measured"]) == (1.0, [])
+        assert blends[Way.blended]["measured"]
     assert set(figures["both"]["over_one_each"]) == set(FLEET.tuned)
     roles = {
         name: Registry(protocol.out / "registries" / name).roles.current

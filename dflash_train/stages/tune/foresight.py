@@ -117,9 +117,10 @@ def _blend(config: RecipeConfig) -> Iterator[str]:
     earlier = earlier_validation(config, verify=False)
     windows = [own] if earlier is None else [own, earlier]
     num_answers = sum(len(some_of_each_tenant(rows, tune.blend_rows)) for rows in windows)
+    num_blends = most_measured(len(tune.blends))
     yield (
-        f"the start and up to {most_measured(len(tune.blends))} blends on {num_answers} validation answers, here "
-        "and in earlier runs"
+        f"the start and up to {num_blends} blends on {num_answers} validation answers, here and in "
+        "earlier runs"
     )
 
 
