@@ -67,13 +67,8 @@ VERBS = {
 def main(arguments: list[str] | None = None) -> int:
     """Run one command line and give its exit code."""
     parsed = _parser().parse_intermixed_args(arguments)
-    if parsed.verb == "sample-traffic":
-        return exit_code("dflash-train sample-traffic", lambda: _play_fleet(parsed.overrides))
-    if parsed.verb == "compare":
-        return exit_code("dflash-train compare", lambda: judgement.compare(parsed.overrides))
-    if parsed.verb == "rollback":
-        return exit_code("dflash-train rollback", lambda: _roll_back(parsed))
-    return exit_code(f"dflash-train {parsed.verb}", lambda: _run_verb(parsed))
+    run_verb = _WITHOUT_RECIPE.get(parsed.verb, _run_verb)
+    return exit_code(f"dflash-train {parsed.verb}", lambda: run_verb(parsed))
 
 
 def exit_code(command: str, run: Callable[[], int]) -> int:
@@ -274,8 +269,19 @@ def _drift(parsed: argparse.Namespace) -> int:
     return 0 if _only_shows(parsed, config) else drift.watch_drift(config, choice)
 
 
+def _refuse_flags(parsed: argparse.Namespace, *, but: tuple[str, ...] = ()) -> None:
+    """Refuse the flags that would change nothing of a verb without recipe."""
+    for name in ("recipes", "print_recipe", "force", "dry_run"):
+        flag = f"--{name.replace('_', '-')}"
+        require(
+            name in but or not getattr(parsed, name),
+            f"{flag} means nothing to `{parsed.verb}`. Leave it out.",
+        )
+
+
 def _roll_back(parsed: argparse.Namespace) -> int:
     """Give the previous drafter of a registry its place back; a registry is all it needs."""
+    _refuse_flags(parsed, but=("dry_run",))
     chosen, unknown = take_keys(parsed.overrides, ("registry",))
     require(
         not unknown,
@@ -294,9 +300,17 @@ def _roll_back(parsed: argparse.Namespace) -> int:
     return 0
 
 
-def _play_fleet(overrides: list[str]) -> int:
+def _compare(parsed: argparse.Namespace) -> int:
+    """Compare two files of traces."""
+    _refuse_flags(parsed)
+    return judgement.compare(parsed.overrides)
+
+
+def _play_fleet(parsed: argparse.Namespace) -> int:
+    """Write the log of a simulated fleet."""
+    _refuse_flags(parsed)
     settings = {"out": "", "seed": "0", "requests": "600"}
-    chosen, unknown = take_keys(overrides, settings)
+    chosen, unknown = take_keys(parsed.overrides, settings)
     require(
         not unknown,
         f"sample-traffic: {', '.join(map(repr, unknown))} is not understood. Known keys: "
@@ -332,3 +346,8 @@ _WITH_OWN_KEYS: dict[str, Callable[[argparse.Namespace], int]] = {
 
 if __name__ == "__main__":
     sys.exit(main())
+_WITHOUT_RECIPE: dict[str, Callable[[argparse.Namespace], int]] = {
+    "sample-traffic": _play_fleet,
+    "compare": _compare,
+    "rollback": _roll_back,
+}

@@ -1,0 +1,37 @@
+"""Verbs that know no recipe: the flags of the others mean nothing to them, and they say so."""
+
+from pathlib import Path
+
+import pytest
+
+from dflash_train.cli import main
+
+
+@pytest.mark.parametrize(
+    ("verb", "words"),
+    [
+        ("sample-traffic", ["out=fleet.jsonl", "requests=3"]),
+        ("compare", ["a.jsonl", "b.jsonl"]),
+        ("rollback", ["registry=registry"]),
+    ],
+)
+@pytest.mark.parametrize(
+    "flag", [["--recipes", "there"], ["--print-recipe"], ["--force"], ["--dry-run"]], ids=str
+)
+def test_a_flag_that_would_change_nothing_is_refused(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    verb: str,
+    words: list[str],
+    flag: list[str],
+):
+    monkeypatch.chdir(tmp_path)
+    assert main([verb, *words, *flag]) == 2
+    said = capsys.readouterr().err
+    assert (f"{flag[0]} means nothing to `{verb}`" in said) == ([verb, *flag] != READING)
+    assert not list(tmp_path.iterdir())
+
+
+READING = ["rollback", "--dry-run"]
+"""It shows what the registry's names mean; here there is no registry."""
