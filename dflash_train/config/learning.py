@@ -56,13 +56,6 @@ class TrainingConfig:
     """Training blocks per row, drawn anew each epoch."""
     pack_tokens: int = 1024
     """Tokens of context packed into one micro-batch, at most; a longer row stands alone."""
-    on_policy_every: int | None = None
-    """Steps between drafts of the drafter itself on the rows to come: until the next time, blocks
-    start where its own steps did. For drafters that have learnt already (`init`). None draws
-    all blocks anywhere."""
-    on_policy_share: float = 1.0
-    """Share of a row's blocks that start there, as far as it has so many steps; the others start
-    anywhere."""
     accumulation_steps: int = 1
     """Micro-batches per optimiser step and process."""
     head_sample: int = 0
@@ -93,8 +86,7 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         for name in (
             "max_steps", "num_anchors", "pack_tokens", "accumulation_steps", "validate_every",
-            "validation_rows", "save_every", "keep_states", "log_every", "head_chunk",
-            "on_policy_every", "patience",
+            "validation_rows", "save_every", "keep_states", "log_every", "head_chunk", "patience",
         ):  # fmt: skip
             value = getattr(self, name)
             require(value is None or value >= 1, f"training.{name} (={value}) must be at least 1.")
@@ -115,11 +107,6 @@ class TrainingConfig:
         require(
             self.ema_decay is None or 0 < self.ema_decay < 1,
             f"training.ema_decay (={self.ema_decay}) must lie between 0 and 1. Set it to 0.99.",
-        )
-        require(
-            0 < self.on_policy_share <= 1,
-            f"training.on_policy_share (={self.on_policy_share}) must be above 0 and at most 1. "
-            "Set it to 1, or training.on_policy_every to null for none.",
         )
         window = self.profile_steps
         require(
@@ -158,9 +145,6 @@ class LossConfig:
     """`decay`: exponential in the slot; `dpace`: D-PACE (arXiv 2605.18810); `none`: all alike."""
     dpace_alpha: float = 0.5
     """D-PACE: floor of a slot's assumed acceptance; 1 weighs all slots by their place alone."""
-    first_wrong: float = 1.0
-    """Factor on the weight of a block's first wrong slot, where verification would reject it; 1
-    weighs it like any other."""
     decay_gamma: float | None = None
     """`decay`: slot k weighs exp(-(k - 1) / gamma), or exp(-k / gamma) where labels are shifted.
     None follows K: 4 for 8, 5 for 10, 7 for 16."""
@@ -178,10 +162,6 @@ class LossConfig:
         require(
             0 <= self.dpace_alpha <= 1,
             f"loss.dpace_alpha (={self.dpace_alpha}) must lie in 0..1. The paper uses 0.5.",
-        )
-        require(
-            self.first_wrong > 0,
-            f"loss.first_wrong (={self.first_wrong}) must be above 0. Set it to 1 for no effect.",
         )
         require(
             self.decay_gamma is None or self.decay_gamma > 0,

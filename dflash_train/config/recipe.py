@@ -18,7 +18,7 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dflash_train.config.checks import require
-from dflash_train.config.data import DataConfig, FeaturesFrom
+from dflash_train.config.data import DataConfig
 from dflash_train.config.drift import DriftConfig
 from dflash_train.config.learning import LaunchConfig, LossConfig, OptimConfig, TrainingConfig
 from dflash_train.config.models import DrafterSettings, TargetConfig
@@ -196,13 +196,6 @@ class RecipeConfig:
             f"training.head_sample (={self.training.head_sample}) samples the whole vocabulary, "
             f"which drafter.draft_vocab_size (={self.drafter.draft_vocab_size}) reduces. Set "
             "training.head_sample to 0.",
-        )
-
-        every = self.training.on_policy_every
-        require(
-            every is None or self.data.features is FeaturesFrom.stored,
-            f"training.on_policy_every (={every}) replays stored features, and data.features is "
-            f"{self.data.features.name}. Set data.features to stored, or it to null.",
         )
 
     @property

@@ -23,8 +23,7 @@ KEY_NAME = "stage.key"
 _WATCHING = {"training": ("profile_steps",), "launch": ("kernels",)}
 """By group: settings that change nothing of a stage's result, the device's rounding apart."""
 _UNSET: dict[str, dict[str, Any]] = {
-    "training": {"patience": None, "on_policy_every": None, "on_policy_share": 1.0},
-    "loss": {"first_wrong": 1.0},
+    "training": {"patience": None},
 }
 """By group: settings without effect at this value; runs from before they existed stay complete."""
 

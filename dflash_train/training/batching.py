@@ -6,8 +6,8 @@ packed greedily. Ranks take turns on it, so no pack is dropped or repeated, ever
 number of micro-batches, and R ranks see what one process with R times the accumulation sees.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Protocol
 
@@ -24,7 +24,6 @@ from dflash_train.training.blocks import (
     block_labels,
     hashed_generator,
     label_mask,
-    prefer_own_starts,
     select_anchors,
 )
 
@@ -88,10 +87,6 @@ class BlockSettings:
     """`[Vd]` int64, ascending: ids that can be drafted; a block's labels end at any other."""
     use_teacher: bool = False
     """Also take the target's distributions from the rows."""
-    own_starts: Mapping[str, Tensor] = field(default_factory=dict)
-    """By row: where the drafter's own steps start, if it is known (`training.on_policy_every`)."""
-    own_share: float = 1.0
-    """Share of a row's blocks that start there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,16 +234,7 @@ def _teacher_of(row: FeatureRow, anchors: Tensor, mask_AK: Tensor, first_slot: i
 
 def _draw_anchors(row: FeatureRow, settings: BlockSettings, *, epoch: int) -> Tensor:
     generator = anchor_generator(settings.seed, epoch=epoch, row_id=row.id)
-    own_starts = settings.own_starts.get(row.id)
-    if own_starts is None:
-        return select_anchors(row.loss_mask, settings.num_anchors, generator=generator)
-    return prefer_own_starts(
-        row.loss_mask,
-        own_starts,
-        num_anchors=settings.num_anchors,
-        own_share=settings.own_share,
-        generator=generator,
-    )
+    return select_anchors(row.loss_mask, settings.num_anchors, generator=generator)
 
 
 def _offsets(lengths: list[int]) -> list[int]:
@@ -263,11 +249,6 @@ def _teacher_to(teacher: TeacherRow, device: torch.device) -> TeacherRow:
 
 class Batches(Protocol):
     """Where the trainer takes its micro-batches from; their content is a function of the pack."""
-
-    @property
-    def rows(self) -> list[int]:
-        """Rows of the split that are trained on; a pack's numbers are places in this list."""
-        ...
 
     def stream(self, *, epoch: int, position: int) -> Iterator[Pack]:
         """Yield the packs of all ranks without end, from a place in the stream on."""

@@ -47,39 +47,6 @@ def select_anchors(loss_mask: Tensor, num_anchors: int, *, generator: Generator)
     return eligible[drawn].sort().values
 
 
-def prefer_own_starts(
-    loss_mask: Tensor,
-    own_starts: Tensor,
-    *,
-    num_anchors: int,
-    own_share: float,
-    generator: Generator,
-) -> Tensor:
-    """Sample a share of the blocks from a drafter's own steps and the others anywhere.
-
-    Real steps start right behind a rejection, which is not a uniform sample of positions. Where a
-    row has too few of them, blocks anywhere fill up, so that both ways of drawing give equally
-    many.
-
-    Args:
-        loss_mask: `[N]` bool, True where the target wrote the token; one document.
-        own_starts: `[S]` int64, eligible positions; see `training/on_policy.py`.
-        num_anchors: Blocks wanted.
-        own_share: Share of them to draw from `own_starts`, 0 to 1.
-        generator: Random stream, see `anchor_generator`.
-
-    Returns:
-        `[A]` int64, ascending; fewer than `num_anchors`, or none, where not enough are eligible.
-    """
-    num_own = min(len(own_starts), round(own_share * num_anchors))
-    own = own_starts[torch.randperm(len(own_starts), generator=generator)[:num_own]]
-    is_elsewhere = loss_mask[:-1] & loss_mask[1:]
-    is_elsewhere[own] = False
-    elsewhere = is_elsewhere.nonzero().squeeze(1)
-    drawn = torch.randperm(len(elsewhere), generator=generator)[: num_anchors - num_own]
-    return torch.cat([own, elsewhere[drawn]]).sort().values
-
-
 def label_mask(
     loss_mask: Tensor, anchors: Tensor, block_size: int, *, first_slot: int = 1
 ) -> Tensor:

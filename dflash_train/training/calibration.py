@@ -32,8 +32,6 @@ class Calibration:
     validation_s: float
     """One replay of the validation rows."""
     max_steps: int
-    own_starts_s: float = 0.0
-    """One replay of training rows, as `training.on_policy_every` asks for; 0 without it."""
 
 
 def calibrate(
@@ -42,8 +40,6 @@ def calibrate(
     *,
     minutes: float,
     validate_every: int,
-    own_starts_s: float = 0.0,
-    own_starts_every: int = 1,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Calibration:
     """Time steps and one validation, and count how many steps fit.
@@ -55,8 +51,6 @@ def calibrate(
         validate: Runs one validation.
         minutes: Length of the run.
         validate_every: Steps between validations; there is one more after the last step.
-        own_starts_s: Seconds of one replay of training rows.
-        own_starts_every: Steps between those; the first one comes before the first step.
         clock: Gives seconds.
     """
     for _ in range(WARMUP_STEPS):
@@ -72,10 +66,7 @@ def calibrate(
             step_s=step_s,
             validation_s=validation_s,
             validate_every=validate_every,
-            own_starts_s=own_starts_s,
-            own_starts_every=own_starts_every,
         ),
-        own_starts_s=own_starts_s,
     )
 
 
@@ -85,17 +76,13 @@ def steps_within(
     step_s: float,
     validation_s: float,
     validate_every: int,
-    own_starts_s: float = 0.0,
-    own_starts_every: int = 1,
 ) -> int:
     """Give the most steps whose time, with all replays, fits; at least 1."""
 
     def duration(steps: int) -> float:
-        validations, replays = -(-steps // validate_every), -(-steps // own_starts_every)
-        return steps * step_s + validations * validation_s + replays * own_starts_s
+        return steps * step_s + -(-steps // validate_every) * validation_s
 
-    often = validation_s / validate_every + own_starts_s / own_starts_every
-    steps = int(seconds / (step_s + often))
+    steps = int(seconds / (step_s + validation_s / validate_every))
     while steps > 1 and duration(steps) > seconds:
         steps -= 1
     return max(1, steps)

@@ -72,17 +72,6 @@ def dpace_weights(ce_AK: Tensor, mask_AK: Tensor, *, alpha: float) -> Tensor:
     return survival_AK.flip(1).cumsum(dim=1).flip(1) * mask_AK
 
 
-def first_wrong(correct_AK: Tensor, mask_AK: Tensor) -> Tensor:
-    """Mark the slot at which verification would have rejected each block, `[A, K]` bool.
-
-    Args:
-        correct_AK: Whether the drafter's choice is the label, after the true token before.
-        mask_AK: The label mask; a block whose labelled slots are all correct has no such slot.
-    """
-    is_wrong_AK = mask_AK & ~correct_AK
-    return is_wrong_AK & (is_wrong_AK.cumsum(dim=1) == 1)
-
-
 @dataclass(kw_only=True)
 class LossTerms:
     """What one micro-batch adds to the loss and to the books."""
@@ -131,10 +120,6 @@ def block_loss(
     if settings.loss.weighting is Weighting.dpace:
         ce_AK = torch.zeros_like(weights_AK).masked_scatter(mask_AK, slots.ce)
         weights_AK = dpace_weights(ce_AK, mask_AK, alpha=settings.loss.dpace_alpha)
-    if settings.loss.first_wrong != 1:
-        correct_AK = torch.zeros_like(mask_AK).masked_scatter(mask_AK, slots.is_correct)
-        is_first_wrong_AK = first_wrong(correct_AK, mask_AK)
-        weights_AK = weights_AK * torch.where(is_first_wrong_AK, settings.loss.first_wrong, 1.0)
     loss_sum = (weights_AK[mask_AK] * slots.loss).sum()
     first_slot = drafter.config.first_slot
     counts = _count(batch, slots, loss_sum, first_slot=first_slot, weights_K=settings.slot_weights)

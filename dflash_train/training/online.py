@@ -94,11 +94,6 @@ class ReadAhead:
         self._upcoming: Iterator[Pack] = iter(())
         self._ahead: deque[tuple[Pack, Future[TrainingBatch]]] = deque()
 
-    @property
-    def rows(self) -> list[int]:
-        """Rows of the split that are trained on."""
-        return self._source.rows
-
     def stream(self, *, epoch: int, position: int) -> Iterator[Pack]:
         """Yield the packs of all ranks without end."""
         return self._source.stream(epoch=epoch, position=position)

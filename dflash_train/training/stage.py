@@ -154,8 +154,6 @@ def _time(probe: Trainer, minutes: float) -> Calibration:
         probe.validate,
         minutes=minutes,
         validate_every=probe.config.training.validate_every,
-        own_starts_s=probe.seconds_of_own_starts(),
-        own_starts_every=probe.config.training.on_policy_every or 1,
     )
 
 

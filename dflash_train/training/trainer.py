@@ -31,9 +31,8 @@ from dflash_train.training.batching import (
     trainable_rows,
 )
 from dflash_train.training.interruption import StopRequest
-from dflash_train.training.keeping import BEST, STATE_FOLDER, RunFolder
+from dflash_train.training.keeping import BEST, RunFolder
 from dflash_train.training.metrics import AcceptanceCounts
-from dflash_train.training.on_policy import OnPolicyBlocks
 from dflash_train.training.online import open_batches
 from dflash_train.training.optimizer_step import OptimizerStep, StepResult
 from dflash_train.training.plan import peak_flops_of_run, run_flops_per_block
@@ -118,24 +117,13 @@ class Trainer:
             max_steps=self.max_steps,
             timers=self.timers,
         )
-        blocks = self._block_settings()
         self.source = open_batches(
             train,
-            blocks,
+            self._block_settings(),
             config=config,
             num_ranks=accelerator.num_processes,
             device=accelerator.device,
         )
-        self.on_policy: OnPolicyBlocks | None = None
-        if config.training.on_policy_every is not None:
-            self.on_policy = OnPolicyBlocks(
-                train,
-                self.source,
-                settings=config.training,
-                folder=run_dir / STATE_FOLDER,
-                accelerator=accelerator,
-            )
-            blocks.own_starts = self.on_policy.own_starts
         self.loading = TARGET if config.data.features is FeaturesFrom.online else DATA
         self.run_folder = RunFolder(
             folder=run_dir,
@@ -235,12 +223,6 @@ class Trainer:
         """Replay the validation rows, shared among ranks."""
         return self._validate(self.deployable)
 
-    def seconds_of_own_starts(self) -> float:
-        """Estimate one replay as `training.on_policy_every` asks for it; 0 without."""
-        if self.on_policy is None:
-            return 0.0
-        return self.on_policy.seconds_of_replay(self.state, self.deployable, self.head)
-
     def finish(self, manifest: Manifest) -> Manifest:
         """Write `checkpoint/last`, complete the manifest and write it last."""
         self.run_folder.finish(manifest, self.deployable, state=self.state)
@@ -250,8 +232,6 @@ class Trainer:
         """Run one step, move the state forward and log when it is time."""
         settings, state = self.config.training, self.state
         started = time.perf_counter()
-        if self.on_policy is not None:
-            self.on_policy.update(state, drafter=lambda: self.deployable, head=self.head)
         with self.timers.step():
             window = self.next_window(stream)
             result = self.train_step(window)
@@ -277,7 +257,6 @@ class Trainer:
             first_slot=shape.first_slot,
             draft_token_ids=None if ids is None else ids.cpu(),
             use_teacher=config.loss.needs_teacher or (shape.has_confidence_head and has_teacher),
-            own_share=config.training.on_policy_share,
         )
 
     def _validate(self, drafter: Drafter) -> AcceptanceCounts:

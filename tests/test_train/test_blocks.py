@@ -7,7 +7,6 @@ from dflash_train.training.blocks import (
     anchor_generator,
     block_labels,
     label_mask,
-    prefer_own_starts,
     select_anchors,
     visibility_mask,
 )
@@ -142,35 +141,3 @@ def test_dense_mask_spells_out_the_visibility_rule():
     narrow = visibility_mask(blocks, 2).int().tolist()
     assert narrow[2] == expected[1]
     assert narrow[3] == [0, 0, 1, 0, 0, 0, 0, 1, 1, 0, 0]
-
-
-ANSWER = torch.tensor([False] * 4 + [True] * 12)
-OWN_STARTS = torch.tensor([4, 7, 8, 12])
-
-
-def prefer(num_anchors: int, *, share: float = 1.0, epoch: int = 0) -> list[int]:
-    generator = anchor_generator(0, epoch=epoch, row_id="row")
-    return prefer_own_starts(
-        ANSWER, OWN_STARTS, num_anchors=num_anchors, own_share=share, generator=generator
-    ).tolist()
-
-
-def test_blocks_start_at_own_steps_first_and_anywhere_once_those_are_used_up():
-    assert set(prefer(3)) < set(OWN_STARTS.tolist()) < set(prefer(9)) < set(range(4, 15))
-    assert len(set(prefer(9))) == 9
-    assert prefer(9) == sorted(prefer(9))
-    assert prefer(100) == list(range(4, 15))
-
-
-def test_a_share_of_own_starts_leaves_the_others_to_chance():
-    drawn = [set(prefer(4, share=0.5, epoch=epoch)) for epoch in range(20)]
-    own = set(OWN_STARTS.tolist())
-    assert min(len(each & own) for each in drawn) == 2  # chance may add to them
-    assert set.union(*drawn) == set(range(4, 15))
-
-
-def test_own_starts_are_drawn_anew_each_epoch_and_by_nothing_else():
-    first = prefer(2)
-    torch.manual_seed(99)
-    assert prefer(2) == first
-    assert any(prefer(2, epoch=epoch) != first for epoch in range(9))

@@ -22,25 +22,6 @@ def test_steps_and_validations_fit_into_the_minutes():
     assert steps_within(1.0, step_s=3.0, validation_s=9.0, validate_every=5) == 1
 
 
-def test_replays_of_training_rows_take_their_share_of_the_minutes():
-    plain = steps_within(600.0, step_s=1.0, validation_s=5.0, validate_every=100)
-    for every in (50, 400, 5000):
-        steps = steps_within(
-            600.0,
-            step_s=1.0,
-            validation_s=5.0,
-            validate_every=100,
-            own_starts_s=60.0,
-            own_starts_every=every,
-        )
-
-        def cost(steps: int, every: int = every) -> float:
-            return steps + 5.0 * -(-steps // 100) + 60.0 * -(-steps // every)
-
-        assert steps < plain
-        assert cost(steps) <= 600.0 < cost(steps + 1)
-
-
 def test_the_median_step_counts_and_warm_up_does_not():
     now = 0.0
     durations = iter([50.0, 40.0, 1.0, 1.0, 9.0, 1.0, 1.0, 1.0, 1.0, 1.0])

@@ -20,7 +20,6 @@ from dflash_train.training.losses import (
     block_loss,
     default_gamma,
     dpace_weights,
-    first_wrong,
     fixed_weights,
     head_rows,
     position_weights,
@@ -431,38 +430,3 @@ def test_dpace_weights_are_constants_of_the_gradient():
     assert not weights.requires_grad
     (grad,) = torch.autograd.grad((weights * ce).sum(), ce)
     assert torch.equal(grad, weights)
-
-
-def test_the_first_wrong_slot_is_where_verification_stops():
-    mask = torch.tensor([[0, 1, 1, 1], [0, 1, 1, 1], [0, 1, 1, 0], [0, 0, 0, 0]], dtype=torch.bool)
-    correct = torch.tensor([[0, 1, 0, 0], [0, 0, 1, 0], [0, 1, 1, 0], [0, 0, 0, 0]]).bool()
-    expected = torch.tensor([[0, 0, 1, 0], [0, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]).bool()
-    assert torch.equal(first_wrong(correct, mask), expected)
-
-
-@pytest.mark.parametrize("weighting", list(Weighting))
-def test_the_first_wrong_slot_is_weighted_and_no_other(
-    target64: Target, rows: list[FeatureRow], weighting: Weighting
-):
-    drafter = drafter_of(target64, "plain")
-    batch = collate(rows, settings_of(drafter, target64, use_teacher=False), epoch=0)
-    embeddings = block_embeddings(
-        target64.head, batch.anchor_ids, num_slots=K, config=drafter.config
-    )
-    hidden = drafter(embeddings, batch.target_features, batch.blocks).detach()
-
-    def gradient(factor: float) -> Tensor:
-        loss = LossConfig(weighting=weighting, first_wrong=factor)
-        settings = LossSettings(
-            loss=loss, slot_weights=fixed_weights(loss, drafter.config), chunk=5
-        )
-        leaf = hidden.clone().requires_grad_()
-        terms = block_loss(leaf, batch, target64.head, drafter=drafter, settings=settings)
-        (found,) = torch.autograd.grad(terms.loss_sum, leaf)
-        return found
-
-    plain, weighted = gradient(1.0), gradient(3.0)
-    drafted = drafter.logits(hidden, target64.head).argmax(-1)
-    is_first = first_wrong(drafted == batch.labels, batch.label_mask)
-    assert is_first.any()
-    assert_close("gradient", weighted, plain * torch.where(is_first, 3.0, 1.0)[..., None], 1e-10)
