@@ -105,11 +105,6 @@ class Prepared:
         synchronize()
         self.seconds_per_batch = (time.perf_counter() - began) / len(packs)
 
-    @property
-    def rows(self) -> list[int]:
-        """Rows that are trained on."""
-        return self._source.rows
-
     def stream(self, *, epoch: int, position: int) -> Iterator[Pack]:
         """Yield the packs of the other source."""
         return self._source.stream(epoch=epoch, position=position)
