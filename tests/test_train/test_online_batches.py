@@ -115,13 +115,14 @@ def test_epochs_leave_nothing_behind(train_twins: TwinSplit, target32: Target) -
     ahead = ReadAhead(source, depth=2, num_ranks=1, device=CPU)
     stream = ahead.stream(epoch=0, position=0)
     held: list[int] = []
-    for epoch in range(6):
+    made: list[int] = []
+    for epoch in range(12):
+        made.append(0)
         while (pack := next(stream)).epoch == epoch:
-            ahead.load(pack)
+            made[-1] += ahead.load(pack).target_features.nbytes
         held.append(alive_bytes())
-    largest = max(ahead.load(next(stream)).target_features.nbytes for _ in range(4))
-    # What is read ahead, computed and in use differs by up to four packs, ids and masks beside.
-    assert max(held[2:]) - min(held[2:]) <= 6 * largest, held
+    # What is read ahead and computed differs from look to look, by less than three epochs have.
+    assert max(held[2:]) - min(held[2:]) < 3 * min(made), (held, made)
 
 
 @pytest.mark.gpu
