@@ -6,9 +6,9 @@
 Two sets of tenants (`tune_logs.py`); each begins with a drafter that was trained on the other set
 alone. It is tuned to either of two tenants, on that tenant's log alone and with older rows of
 everybody else among it, as it is and blended with the drafter that it began from, and once to both
-tenants in twice the time. All figures are those of
-`dflash-train tune`: paired gains by replay on newest windows. DIR holds `gsm8k`, `gsm8k_smollm2`
-and `oasst`. The minutes become steps once, in a set's first tuning, and hold for the others.
+tenants in twice the time. All figures are those of `dflash-train tune`: paired gains by replay on
+newest windows. DIR holds `gsm8k`, `gsm8k_smollm2` and `oasst`. The minutes become steps once, in a
+set's first tuning, and hold for the others.
 Everything is kept below `--out`, and an interrupted bench goes on. The last line is one JSON
 object. The rules stand in docs/protocols/tuning.md.
 """

@@ -239,7 +239,8 @@ def tune_to(
         return TuningRun(config=config, verdict=verdict)
     tell(BENCH, f"{name}, {way}: {num_steps or f'{protocol.minutes:g} minutes'}")
     verdict = _with_names(tune(config).verdict, config, tenants)
-    write_bytes(kept, orjson.dumps({"training": _training(config), "verdict": verdict}))
+    if way is Way.replayed:  # `blended` writes its own over it
+        write_bytes(kept, orjson.dumps({"training": _training(config), "verdict": verdict}))
     return TuningRun(config=config, verdict=verdict)
 
 

@@ -343,11 +343,13 @@ _WITH_OWN_KEYS: dict[str, Callable[[argparse.Namespace], int]] = {
     "drift": _drift,
 }
 """Verbs with keys that are no part of the recipe."""
-
-if __name__ == "__main__":
-    sys.exit(main())
 _WITHOUT_RECIPE: dict[str, Callable[[argparse.Namespace], int]] = {
     "sample-traffic": _play_fleet,
     "compare": _compare,
     "rollback": _roll_back,
 }
+"""Verbs that know no recipe."""
+
+
+if __name__ == "__main__":
+    sys.exit(main())
