@@ -1,5 +1,7 @@
 """Verbs that know no recipe: the flags of the others mean nothing to them, and they say so."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -31,6 +33,14 @@ def test_a_flag_that_would_change_nothing_is_refused(
     said = capsys.readouterr().err
     assert (f"{flag[0]} means nothing to `{verb}`" in said) == ([verb, *flag] != READING)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("module", ["dflash_train", "dflash_train.cli"])
+def test_the_command_runs_as_a_module_too(tmp_path: Path, module: str):
+    words = [sys.executable, "-m", module, "sample-traffic", "out=fleet.jsonl", "requests=3"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len((tmp_path / "fleet.jsonl").read_text().splitlines()) >= 3
 
 
 READING = ["rollback", "--dry-run"]
