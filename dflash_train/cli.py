@@ -55,6 +55,7 @@ VERBS = {
     "serve": "OpenAI endpoint to try a drafter and record traffic: checkpoint=DIR [serve.log=FILE]",
     "costs": "time draft and verify passes on this machine: checkpoint=DIR [--force]",
     "inspect": "print a conversation, supervised tokens coloured: id=ID or index=N [split=NAME]",
+    "pseudonym": "by which hash a run knows a tenant, for whoever holds its key: tenant=NAME",
     "export": "a drafter for servers: checkpoint=DIR format=zlab|speculators out=DIR",
     "push": "a drafter and its card to the Hub: repo_id=OWNER/NAME license=ID [private=false]",
     "export-dataset": "conversations -> a repository for `datasets`: license=ID [out=DIR]",
@@ -173,6 +174,15 @@ def _inspect(parsed: argparse.Namespace) -> int:
     if _only_shows(parsed, config):
         return 0
     print_view(tools.view_conversation(config, choice), Console())
+    return 0
+
+
+def _pseudonym(parsed: argparse.Namespace) -> int:
+    """Print a tenant's hash; whose is no part of the recipe."""
+    chosen, overrides = take_keys(parsed.overrides, ("tenant",))
+    config = compose(overrides, parsed.recipes)
+    if not _only_shows(parsed, config):
+        print(tools.tenant_pseudonym(config, chosen.get("tenant", "")))
     return 0
 
 
@@ -334,6 +344,7 @@ def _whole_number(key: str, text: str) -> int:
 
 _WITH_OWN_KEYS: dict[str, Callable[[argparse.Namespace], int]] = {
     "inspect": _inspect,
+    "pseudonym": _pseudonym,
     "export": _export,
     "push": _push,
     "export-dataset": _export_dataset,

@@ -41,6 +41,10 @@ class DropReason(Enum):
     straddles_cut = "straddles_cut"
 
 
+ASKED_FOR = frozenset({DropReason.excluded_tenant, DropReason.expired})
+"""What the recipe leaves out by intent; however many, nothing is wrong with the log."""
+
+
 @dataclass(frozen=True)
 class Drop:
     """One call that was read but not kept."""

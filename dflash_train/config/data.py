@@ -280,7 +280,8 @@ class DataConfig:
     test_share: float = 0.18
     """Share of the time range, the newest, that is held out for the report."""
     max_drop_share: float = 0.5
-    """A stage that drops more than this share of its calls for one reason stops and names it."""
+    """A stage that drops more than this share of its calls for one reason stops and names it; calls
+    of `excluded_tenants` and those older than `max_age_days` do not count."""
     max_prompt_tokens: int = 1024
     """Tokens of the longest prompt, history included; longer ones are dropped as `too_long`."""
     max_new_tokens: int = 64

@@ -1,8 +1,8 @@
-"""What the command line does beside running stages: the fleet, inspect, the last lines."""
+"""What the command line does beside running stages: the fleet, inspect, names, the last lines."""
 
 from pathlib import Path
 
-from dflash_train.config import RecipeConfig
+from dflash_train.config import RecipeConfig, require
 from dflash_train.features.target_text import load_target_text
 from dflash_train.release.inspection import Choice, View, find_record, prompt_view, text_source
 
@@ -32,6 +32,27 @@ def view_conversation(config: RecipeConfig, choice: Choice) -> View:
     if isinstance(row, DropReason):
         row, source = None, f"{source}: `collect` drops it as {row.value}"
     return View(record=record, tokenizer=target.tokenizer, row=row, remark=source)
+
+
+def tenant_pseudonym(config: RecipeConfig, name: str) -> str:
+    """Give the keyed hash that stands for a tenant wherever this run speaks of it.
+
+    Args:
+        config: Says which key: `data.hmac_key_file`, the environment, or the run's own.
+        name: As the logs write it.
+
+    Raises:
+        ValueError: No name is given, or there is no key yet.
+    """
+    from dflash_data.privacy.pseudonyms import has_key, load_pseudonyms
+
+    require(bool(name), "tenant must be set: add tenant=NAME, as the logs write it.")
+    require(
+        has_key(config),
+        f"{config.run_dir} has no key, so it knows nobody by a hash. Give name=RUN of a run that "
+        "has read logs, or the data.hmac_key_file that it took.",
+    )
+    return load_pseudonyms(config).hide("tenant", name)
 
 
 def summary(config: RecipeConfig) -> list[str]:

@@ -335,6 +335,20 @@ def test_opt_outs_and_retention_come_first_and_are_counted(tmp_path: Path):
     assert len({record.tenant for record in kept}) == 1
 
 
+def test_calls_left_out_on_purpose_neither_stop_a_run_nor_hide_a_broken_log(tmp_path: Path):
+    log = tmp_path / "traffic.jsonl"
+    own = [pair(number, f"Item {number}?") for number in range(40)]
+    foreign = [pair(n, "Ask me").replace(b'"acme"', b'"globex"') for n in range(100, 300)]
+    log.write_bytes(b"\n".join([*own, *foreign]))
+    config = recipe(tmp_path, test_share=0.02, validation_share=0.02, excluded_tenants=["globex"])
+    counts = run(config, log).counts
+    assert counts is not None
+    assert (counts.kept, counts.dropped["excluded_tenant"]) == (40, 200)
+    log.write_bytes(b"\n".join([*own, *foreign, *[b"{"] * 60]))
+    with pytest.raises(ValueError, match="loses 60 of 100 calls as unparsable"):
+        run(recipe(tmp_path / "broken", excluded_tenants=["globex"]), log)
+
+
 def test_the_test_window_says_what_was_seen_in_training(tmp_path: Path):
     log = tmp_path / "traffic.jsonl"
     texts = [f"Item {n} is wanted by somebody who is number {n * 7919}" for n in range(40)]

@@ -231,7 +231,10 @@ def test_lines_of_stdin_are_questions(
     assert "\x1b[" not in output
 
 
-OWN_KEYS = [("generate", "prompt=Hi"), ("inspect", "index=0"), ("export-dataset", "license=x")]
+OWN_KEYS = [
+    ("generate", "prompt=Hi"), ("inspect", "index=0"), ("export-dataset", "license=x"),
+    ("pseudonym", "tenant=acme"),
+]  # fmt: skip
 """Verbs that take a key which is no part of the recipe."""
 
 

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import orjson
 
-from dflash_data.drops import DropReason, all_reasons, worst_first
+from dflash_data.drops import ASKED_FOR, DropReason, all_reasons, worst_first
 from dflash_data.executor import run_phases, slurm_script
 from dflash_data.ingest.data_card import data_card, write_data_card
 from dflash_data.ingest.decisions import KEPT, read_decisions
@@ -194,10 +194,12 @@ def _check(totals: Counter[str], logs: str, data: DataConfig) -> None:
     # What was merged lives on in the weight of another record.
     counts[DropReason.duplicate.value] -= totals["merged_repeats"]
     counts[DropReason.cluster_cap.value] = 0
+    asked_for = sum(counts.pop(reason.value) for reason in ASKED_FOR)
+    meant = totals["read"] - asked_for
     for reason, count in counts.items():
-        if count > data.max_drop_share * totals["read"]:
+        if count > data.max_drop_share * meant:
             raise ValueError(
-                f"data.logs (={logs}) loses {count} of {totals['read']} calls as {reason}: more "
+                f"data.logs (={logs}) loses {count} of {meant} calls as {reason}: more "
                 f"than data.max_drop_share (={data.max_drop_share}). Repair the log, or raise it."
             )
     for split in SPLITS:

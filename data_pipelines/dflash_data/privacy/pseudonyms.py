@@ -92,10 +92,15 @@ def load_pseudonyms(config: RecipeConfig) -> Pseudonyms:
     return Pseudonyms(key)
 
 
+def has_key(config: RecipeConfig) -> bool:
+    """Say whether there is a key to find: a chosen one, or the run's own."""
+    is_chosen = config.data.hmac_key_file is not None or ENVIRONMENT_VARIABLE in os.environ
+    return is_chosen or (config.run_dir / KEY_FILE_NAME).exists()
+
+
 def rehearsal_pseudonyms(config: RecipeConfig) -> Pseudonyms:
     """Give the key without making one: where the run has none yet, one that is forgotten."""
-    has_key = config.data.hmac_key_file is not None or ENVIRONMENT_VARIABLE in os.environ
-    if has_key or (config.run_dir / KEY_FILE_NAME).exists():
+    if has_key(config):
         return load_pseudonyms(config)
     return Pseudonyms(secrets.token_bytes(MIN_KEY_BYTES))
 
