@@ -1,4 +1,4 @@
-"""Verbs that know no recipe: the flags of the others mean nothing to them, and they say so."""
+"""Verbs that know no recipe: flags of others mean nothing to them; the command as a module."""
 
 import subprocess
 import sys
@@ -35,13 +35,13 @@ def test_a_flag_that_would_change_nothing_is_refused(
     assert not list(tmp_path.iterdir())
 
 
+READING = ["rollback", "--dry-run"]
+"""It shows what the registry's names mean; here there is no registry."""
+
+
 @pytest.mark.parametrize("module", ["dflash_train", "dflash_train.cli"])
 def test_the_command_runs_as_a_module_too(tmp_path: Path, module: str):
     words = [sys.executable, "-m", module, "sample-traffic", "out=fleet.jsonl", "requests=3"]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert len((tmp_path / "fleet.jsonl").read_text().splitlines()) >= 3
-
-
-READING = ["rollback", "--dry-run"]
-"""It shows what the registry's names mean; here there is no registry."""
